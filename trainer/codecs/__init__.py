@@ -1,0 +1,18 @@
+"""Codecs by name, imported only when asked for."""
+
+from importlib import import_module
+
+from trainer.spec.model import Model
+
+from .base import Codec
+
+_CODECS = {"pocket": "trainer.codecs.pocket:PocketCodec"}
+
+
+def open_codec(model: Model) -> Codec:
+    """The codec that a job's ``model:`` section names, with its weights."""
+    module, name = _CODECS[model.codec.name or "pocket"].split(":")
+    return getattr(import_module(module), name).open(model)
+
+
+__all__ = ["Codec", "open_codec"]

@@ -1,0 +1,78 @@
+"""What a family is to the rest of the trainer: one object, made lazily by the registry."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from trainer.spec.job import Prompt, Sampling
+
+
+@dataclass(frozen=True)
+class Example:
+    """One song, or a segment of one, as the loader hands it over.
+
+    Attributes:
+        id: the song's id in its dataset.
+        arrays: arrays of the shard row, time-like ones already cut to the segment (``codes`` [K, T], …).
+        text: ``tags``, ``lyrics``, ….
+        seed: of every random draw made for this visit of this song (dropouts); follows from the plan alone.
+    """
+
+    id: str
+    arrays: Mapping[str, np.ndarray]
+    text: Mapping[str, str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, ready for the network.
+
+    Attributes:
+        tensors: by name; first axis ``B``.
+        counts: valid tokens of each loss term, known before the forward pass, so that the engine can normalise by the
+            *global* count of the optimizer step.
+        frames: audio frames in it, padding not counted.
+    """
+
+    tensors: dict[str, Tensor]
+    counts: dict[str, float]
+    frames: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on ``device``."""
+        return Batch({k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}, self.counts, self.frames)
+
+
+class Family(ABC):
+    """One model family, configured by a job's ``model:`` section. Holds no weights itself."""
+
+    terms: Mapping[str, float]
+    """Loss terms and their weights: total = Σ weight · sum / count."""
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The network with the weights of ``model.pretrained``, on the CPU in fp32, strictly loaded."""
+
+    @abstractmethod
+    def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
+        """Arrays computed from each song's text by a frozen encoder; ``prepare`` stores them in the shards."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        """A micro-batch. Dropouts of conditions are drawn here, from each example's seed, and only if ``training``."""
+
+    @abstractmethod
+    def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Loss *sums* by term (scalars, fp32); divide by ``batch.counts`` for means."""
+
+    @abstractmethod
+    def generate(
+        self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Int[np.ndarray, "K T"]]:
+        """Codes for each prompt, in one batch, reproducible from each prompt's seed, whatever else is in the batch."""

@@ -1,0 +1,136 @@
+"""The whole job file: ``Job``."""
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from .base import Fraction, Name, PositiveFloat, PositiveInt, Secret, Spec, StoreUrl
+from .cluster import Budget, Cluster, Local, Retrain
+from .data import Data
+from .model import Full, Lora, Method, Model, Optimizer, Schedule
+
+
+class BatchSeconds(Spec):
+    """One optimizer step takes this much audio, over all GPUs."""
+
+    seconds: PositiveFloat
+    micro_seconds: PositiveFloat | None = None
+    """Audio in one forward pass on one GPU, padding included; by default what the plan says fits."""
+
+
+class BatchSongs(Spec):
+    """One optimizer step takes this many songs (or segments of songs), over all GPUs."""
+
+    songs: PositiveInt
+    micro_seconds: PositiveFloat | None = None
+
+
+def _batch_kind(value: object) -> str:
+    return "songs" if (isinstance(value, dict) and "songs" in value) or isinstance(value, BatchSongs) else "seconds"
+
+
+Batch = Annotated[
+    Annotated[BatchSeconds, Tag("seconds")] | Annotated[BatchSongs, Tag("songs")], Discriminator(_batch_kind)
+]
+
+
+class Train(Spec):
+    """The optimisation itself."""
+
+    steps: PositiveInt
+    batch: Batch
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip: PositiveFloat = 1.0
+    """Largest gradient norm."""
+    strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+    log_every: PositiveInt = 1
+    plateau_watch: bool = True
+    """Stop, with the likely cause, when the loss is still at ln(vocabulary) well after the warm-up."""
+
+
+class Keep(Spec):
+    """Which checkpoints stay: the newest and those with the lowest validation loss."""
+
+    last: PositiveInt = 2
+    best: Annotated[int, Field(ge=0)] = 1
+
+
+class Checkpoint(Spec):
+    """How often the state is committed to the store; the end of a run always is."""
+
+    every: PositiveInt = 500
+    keep: Keep = Keep()
+
+
+class Prompt(Spec):
+    """What validation audio is generated from; which fields count depends on the family."""
+
+    tags: str = ""
+    lyrics: str = ""
+    style: StoreUrl | None = None
+    speaker: str | None = None
+    seconds: PositiveFloat = 10.0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Sampling(Spec):
+    """How tokens or noise become a song."""
+
+    guidance: Annotated[float, Field(ge=1)] = 3.0
+    temperature: PositiveFloat = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 250
+    """0: no limit."""
+
+
+class ValidationSpec(Spec):
+    """Listening while training: held-out loss, and songs rendered with the current weights."""
+
+    every: PositiveInt = 500
+    prompts: tuple[Prompt, ...] = ()
+    sampling: Sampling = Sampling()
+    format: Literal["wav", "flac", "mp3"] = "flac"
+    stop_if: tuple[Literal["vocals_lost", "silent", "looping"], ...] = ()
+
+
+class Tracking(Spec):
+    """Where metrics go."""
+
+    mlflow: Annotated[str, Field(pattern=r"^(https?|sqlite|postgresql)(\+\w+)?://.+")] | None = None
+    """Tracking URI; by default an SQLite file under ``.utaforge/``."""
+    username: str | None = None
+    password: Secret | None = None
+    experiment: str | None = None
+    """By default the job's name."""
+
+
+class Job(Spec):
+    """A job file: what to train, on what data, on which cluster, how it is judged."""
+
+    kind: Literal["train", "train-vq"] = "train"
+    name: Name
+    store: StoreUrl
+    model: Model
+    method: Method
+    data: Data
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    validation: ValidationSpec = ValidationSpec()
+    tracking: Tracking = Tracking()
+    cluster: Cluster = Local()
+    budget: Budget = Budget()
+    retrain: Retrain | None = None
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Job":
+        from .rules import impossible_combinations
+
+        if faults := impossible_combinations(self):
+            raise ValueError("\n".join(faults))
+        return self
+
+
+__all__ = ["BatchSeconds", "BatchSongs", "Fraction", "Full", "Job", "Lora", "Prompt", "Sampling"]

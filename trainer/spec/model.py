@@ -1,0 +1,145 @@
+"""``model:`` and ``method:``: which network is trained and how."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import Fraction, PositiveFloat, PositiveInt, Spec, StoreUrl, WeightsUrl
+
+
+class Codec(Spec):
+    """Audio ⇄ codes. Every weight comes from the user's own path.
+
+    ``name`` defaults to the family's codec; ``weights`` maps a part of it (``vae``, ``muq``, ``vq``, …) to its URL.
+    """
+
+    name: Literal["pocket", "encodec", "songbloom", "firefly", "dcae", "heartcodec"] | None = None
+    weights: dict[str, WeightsUrl] = {}
+
+
+class BaseModelSpec(Spec):
+    """What every family has."""
+
+    pretrained: WeightsUrl
+    """Weights to start from: a directory of the official release, ``hf://org/repo``, ``random:tiny``, ``builtin:pocket``."""
+    codec: Codec = Codec()
+    base_precision: Literal["auto", "int8"] = "auto"
+    """``int8`` keeps the frozen base of a LoRA run in 8 bits (12–16 GB GPUs)."""
+
+
+class MusicGen(BaseModelSpec):
+    """MusicGen: description → EnCodec tokens."""
+
+    family: Literal["musicgen"]
+    text_encoder: WeightsUrl | None = None
+    """T5 encoder's directory; by default the text encoder inside ``pretrained``."""
+    cfg_dropout: Fraction = 0.3
+    """How often the description is dropped in training, so that guidance works (audiocraft: 0.3)."""
+    dropout: Fraction = 0.0
+    """Dropout inside the network; audiocraft trains with 0, whatever the released config says."""
+    segment_seconds: PositiveFloat = 30.0
+    """Longer songs are cut into segments of at most this length (the network has 2,048 positions)."""
+
+
+class SongBloom(BaseModelSpec):
+    """SongBloom: lyrics and a style prompt → sketch tokens and VAE latents."""
+
+    family: Literal["songbloom"]
+    cfg_dropout: Fraction = 0.1
+    style_seconds: PositiveFloat = 10.0
+
+
+class HeartMuLa(BaseModelSpec):
+    """HeartMuLa: tags and lyrics → HeartCodec tokens."""
+
+    family: Literal["heartmula"]
+    cfg_dropout: Fraction = 0.1
+    depth_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the frames on which the depth decoder is trained."""
+
+
+class ScheduledSampling(Spec):
+    """Roll the model's own prediction into its input while training (diffusion families)."""
+
+    max_offset: PositiveInt = 1
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    ramp_steps: Annotated[int, Field(ge=0)] = 0
+    sampler: Literal["euler", "heun"] = "euler"
+
+
+class AceStep(BaseModelSpec):
+    """ACE-Step: tags and lyrics → DCAE latents, by flow matching."""
+
+    family: Literal["ace_step"]
+    shift: PositiveFloat = 3.0
+    ssl_features: bool = False
+    scheduled_sampling: ScheduledSampling | None = None
+
+
+class FishSpeech(BaseModelSpec):
+    """fish-speech text2semantic: text and a speaker → FireflyGAN codes."""
+
+    family: Literal["fish_speech"]
+    version: Literal["1.4", "1.5"] = "1.5"
+
+
+Model = Annotated[MusicGen | SongBloom | HeartMuLa | AceStep | FishSpeech, Field(discriminator="family")]
+
+
+class Optimizer(Spec):
+    """AdamW and its settings."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+
+
+class Schedule(Spec):
+    """Learning rate over the run: linear warm-up, then the shape named."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What the cosine ends at, as a share of the peak."""
+
+
+class TrainAlso(Spec):
+    """Modules trained in full beside the adapter, saved and restored with it."""
+
+    modules: str
+    optimizer: Optimizer | None = None
+    schedule: Schedule | None = None
+
+
+class Lora(Spec):
+    """Train a low-rank adapter; the base stays frozen."""
+
+    type: Literal["lora"]
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: Fraction = 0.0
+    preset: str | None = None
+    """A named set of rank, alpha and targets (``musicgen/attention``, ``fish-speech/r8a16``, …)."""
+    targets: tuple[str, ...] | None = None
+    """Module names to adapt, matched as exact suffixes; by default the family's safe set."""
+    allow_harmful_targets: bool = False
+    dora: bool = False
+    rslora: bool = False
+    pissa: bool = False
+    lora_plus: PositiveFloat | None = None
+    """LoRA+: how many times faster the B matrices learn."""
+    init: StoreUrl | None = None
+    """Continue from this adapter (PEFT's file format)."""
+    train_also: tuple[TrainAlso, ...] = ()
+
+
+class Full(Spec):
+    """Train every weight."""
+
+    type: Literal["full"]
+
+
+Method = Annotated[Lora | Full, Field(discriminator="type")]
