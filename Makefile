@@ -1,0 +1,78 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+UV_VERSION := 0.9.30
+BIN := .venv/bin
+HOME_DIR := $(CURDIR)/.utaforge
+READY := .venv/.ready
+JOB ?= jobs/demo.yaml
+
+export UTAFORGE_HOME ?= $(HOME_DIR)
+export TORCH_EXTENSIONS_DIR ?= $(HOME_DIR)/cache/torch_extensions
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install everything into .venv and warm the compiled parts
+
+$(READY): requirements.lock pyproject.toml
+	@command -v g++ >/dev/null || { echo "no C++ compiler (g++) found; install one, e.g. apt install g++"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 …"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "python's venv module is missing; install it, e.g. apt install python3-venv"; exit 1; }
+	@echo "installing: torch, ray, deepspeed, mlflow and the rest into .venv (about 6 GB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@echo "compiling DeepSpeed's communication op (once)"
+	@$(BIN)/python -m trainer.engine --warm
+	@touch $@
+
+submit: $(READY) ## run a job: make submit JOB=jobs/demo.yaml
+	@$(BIN)/utaforge submit $(JOB) --yes
+
+plan: $(READY) ## what a job will take: make plan JOB=…
+	@$(BIN)/utaforge plan $(JOB)
+
+prepare: $(READY) ## make the shards of a job: make prepare JOB=…
+	@$(BIN)/utaforge prepare $(JOB)
+
+list: $(READY) ## all runs
+	@$(BIN)/utaforge list
+
+doctor: $(READY) ## what is missing on this machine, and the cure
+	@$(BIN)/utaforge doctor
+
+ui: $(READY) ## MLflow on http://127.0.0.1:5000
+	@$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(UTAFORGE_HOME)/mlflow.db \
+		--artifacts-destination $(UTAFORGE_HOME)/mlartifacts
+
+test: $(READY) ## all tests
+	@$(BIN)/python -m pytest --durations=15
+
+check: $(READY) ## lint, types, layers
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-cache
+
+fix: $(READY) ## what the linters can repair
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(READY) ## measure, and write tests/bench/results
+	@$(BIN)/python -m tests.bench
+
+demo-base: $(READY) ## make builtin:pocket again (codebooks and base network)
+	@$(BIN)/python -m tests.tools.demo_base
+
+goldens: $(READY) ## write the golden files again, to be read in the diff
+	@$(BIN)/python -m tests.tools.goldens
+
+lock: $(READY) ## resolve requirements.lock again
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --generate-hashes \
+		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
+
+clean: ## remove .venv and everything runs have left under .utaforge
+	@rm -rf .venv .utaforge
+
+.PHONY: help setup submit plan prepare list doctor ui test check fix bench demo-base goldens lock clean
