@@ -1,0 +1,160 @@
+"""The MusicGen family on its tiny random network."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from trainer.families import Example, open_family
+from trainer.families.musicgen import objective
+from trainer.families.musicgen.family import MusicGenFamily
+from trainer.families.musicgen.generate import generate
+from trainer.families.musicgen.network import MusicGenNetwork
+from trainer.families.musicgen.text import HashedText, words
+from trainer.spec.errors import DataError
+from trainer.spec.job import Prompt, Sampling
+from trainer.spec.model import MusicGen
+
+TAGS = ("gentle, slow, 子守唄", "速い 祭り, bright", "")
+GREEDY = Sampling(guidance=1, top_k=1)
+
+
+@pytest.fixture(scope="module")
+def family() -> MusicGenFamily:
+    family = open_family(MusicGen(family="musicgen", pretrained="random:tiny", cfg_dropout=0.5))
+    assert isinstance(family, MusicGenFamily)
+    return family
+
+
+@pytest.fixture(scope="module")
+def network(family: MusicGenFamily) -> MusicGenNetwork:
+    return family.network().eval()
+
+
+def examples(family: MusicGenFamily, lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
+    draw = np.random.default_rng(seed)
+    conditions = family.conditions([{"tags": TAGS[i % len(TAGS)]} for i in range(len(lengths))])
+    return [
+        Example(f"曲{i}", {"codes": draw.integers(0, 256, (4, n)).astype(np.uint16), **condition}, {}, seed=i)
+        for i, (n, condition) in enumerate(zip(lengths, conditions, strict=True))
+    ]
+
+
+def test_loss_does_not_depend_on_padding(family: MusicGenFamily, network: MusicGenNetwork) -> None:
+    songs = examples(family, (31, 7, 18))
+    together = family.sums(network, batch := family.collate(songs, training=False))
+    apart = [family.sums(network, family.collate([song], training=False)) for song in songs]
+    assert batch.counts["ce"] == 4 * (31 + 7 + 18)
+    for term in family.terms:
+        assert torch.allclose(together[term], torch.stack([sums[term] for sums in apart]).sum(), rtol=1e-5)
+    assert torch.allclose(together["ce"], torch.stack([together[f"ce/{k}"] for k in range(4)]).sum())
+
+
+def test_chunked_loss_has_the_gradient_of_the_whole(network: MusicGenNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.randn(2, 25, 64, generator=torch.Generator().manual_seed(0))
+    _, labels = objective.delay(torch.randint(256, (2, 4, 22)), torch.tensor([22, 9]), pad=256)
+    gradients = []
+    for chunk in (objective.CHUNK, 5):
+        monkeypatch.setattr(objective, "CHUNK", chunk)
+        leaf = hidden.clone().requires_grad_()
+        heads = network.decoder.lm_heads
+        objective.cross_entropy_sums(leaf, objective.labelled(labels), heads).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_dropped_descriptions_follow_from_the_seed_alone_and_only_in_training(family: MusicGenFamily) -> None:
+    songs = examples(family, (5,) * 12)
+    heard = family.collate(songs, training=False).tensors["text_mask"].any(1)
+    first, second = (family.collate(songs, training=True).tensors["text_mask"].any(1) for _ in range(2))
+    reverse = family.collate(songs[::-1], training=True).tensors["text_mask"].any(1).flip(0)
+    assert torch.equal(first, second)
+    assert torch.equal(first, reverse)
+    assert heard.tolist() == [True, True, False] * 4
+    assert 0 < first.sum() < heard.sum()
+
+
+def test_a_dropped_description_leaves_loss_and_gradients_finite(family: MusicGenFamily) -> None:
+    network = family.network().train()
+    batch = family.collate(examples(family, (9, 9, 9)), training=False)
+    batch.tensors["text_mask"][:] = False
+    family.sums(network, batch)["ce"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_a_song_beyond_the_positions_is_named(family: MusicGenFamily) -> None:
+    with pytest.raises(DataError, match=r"song 曲0 has 2046 frames \(40.9 s\), the network has positions for 2045"):
+        family.collate(examples(family, (2046,)), training=True)
+
+
+def test_dropout_is_the_jobs() -> None:
+    family = open_family(MusicGen(family="musicgen", pretrained="random:tiny", dropout=0.25))
+    assert {layer.dropout for layer in family.network().decoder.model.decoder.layers} == {0.25}
+
+
+def test_greedy_generation_is_what_teacher_forcing_predicts(family: MusicGenFamily, network: MusicGenNetwork) -> None:
+    prompts = [Prompt(tags=tags, seconds=0.4 + 0.2 * i, seed=i) for i, tags in enumerate(TAGS)]
+    songs = family.generate(network, prompts, GREEDY)
+    assert [song.shape for song in songs] == [(4, 20), (4, 30), (4, 40)]
+    for prompt, song in zip(prompts, songs, strict=True):
+        (condition,) = family.conditions([{"tags": prompt.tags}])
+        batch = family.collate([Example("", {"codes": song, **condition}, {}, 0)], training=False)
+        ids, labels = objective.delay(batch.tensors["codes"], batch.tensors["length"], network.pad)
+        with torch.no_grad():
+            best = network(ids, batch.tensors["text_hidden"], batch.tensors["text_mask"]).argmax(-1)
+        assert torch.equal(best[labels >= 0], labels[labels >= 0])
+
+
+def test_guidance_is_the_difference_of_two_whole_passes(family: MusicGenFamily, network: MusicGenNetwork) -> None:
+    (song,) = family.generate(network, [Prompt(tags=TAGS[0], seconds=0.3)], Sampling(guidance=4, top_k=1))
+    (condition,) = family.conditions([{"tags": TAGS[0]}])
+    batch = family.collate([Example("", {"codes": song, **condition}, {}, 0)], training=False)
+    hidden, mask = batch.tensors["text_hidden"], batch.tensors["text_mask"]
+    ids, labels = objective.delay(batch.tensors["codes"], batch.tensors["length"], network.pad)
+    with torch.no_grad():
+        with_text, without = network(ids, hidden, mask), network(ids, hidden, mask & False)
+    best = (without + 4 * (with_text - without)).argmax(-1)
+    assert torch.equal(best[labels >= 0], labels[labels >= 0])
+
+
+def test_a_prompts_song_depends_on_its_seed_and_not_on_its_company(
+    family: MusicGenFamily, network: MusicGenNetwork
+) -> None:
+    prompts = [Prompt(tags=tags, seconds=1 - 0.3 * i, seed=7) for i, tags in enumerate(TAGS)]
+    sampling = Sampling(guidance=3, temperature=0.9, top_k=50)
+    together = family.generate(network, prompts, sampling)
+    for prompt, song in zip(prompts, together, strict=True):
+        (alone,) = family.generate(network, [prompt], sampling)
+        assert np.array_equal(alone, song)
+    other = family.generate(network, [prompts[0].model_copy(update={"seed": 8})], sampling)
+    assert not np.array_equal(other[0], together[0])
+
+
+def test_sampling_follows_the_distribution_and_top_k() -> None:
+    class Fixed(MusicGenNetwork):
+        def forward(self, ids, *_, **__):
+            return self.logits.expand(len(ids), 4, 1, -1)
+
+    release = MusicGenFamily(MusicGen(family="musicgen", pretrained="random:tiny"))._release
+    network = Fixed(release.decoder_config(0.0), 64)
+    network.logits = torch.linspace(0, 3, 256)
+    text = torch.zeros(1, 1, 64), torch.zeros(1, 1, dtype=torch.bool)
+    (codes,) = generate(network, [5000], [3], *text, Sampling(guidance=1, top_k=4, temperature=0.02))
+    found = np.bincount(codes.ravel(), minlength=256)[252:] / codes.size
+    wanted = functional.softmax(network.logits[252:].double() / 0.02, -1).numpy()
+    assert codes.min() == 252
+    assert np.abs(found - wanted).max() < 0.01
+
+
+def test_words_of_japanese_are_pairs_of_characters() -> None:
+    assert words("Fast, 祭り囃子！ 歌 lo-fi") == ["fast", "祭り", "り囃", "囃子", "歌", "lo", "fi"]
+
+
+def test_hashed_text_is_the_same_for_ever_and_bounded() -> None:
+    encode = HashedText(64)
+    (first, empty, long) = encode(["祭り", "", "la " * 99])
+    assert first.shape == (1, 64)
+    assert first.dtype == np.float16
+    assert np.allclose(first[0, :3], (-0.3547, 0.3792, 1.164), atol=1e-3)
+    assert empty.shape == (0, 64)
+    assert long.shape == (32, 64)

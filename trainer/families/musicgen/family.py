@@ -1,0 +1,120 @@
+"""The MusicGen family: what the trainer sees of it."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from trainer.families.base import Batch, Example, Family
+from trainer.spec.errors import DataError
+from trainer.spec.job import Prompt, Sampling
+from trainer.spec.model import MusicGen
+
+from .generate import generate
+from .network import MusicGenNetwork, unwrapped
+from .objective import delay
+from .text import TextEncoder, open_text_encoder
+from .weights import Release, load_network, open_release
+
+FRAME_RATE = 50
+"""Frames per second, of EnCodec at 32 kHz and of the pocket codec alike."""
+
+
+class MusicGenFamily(Family):
+    """MusicGen, configured by a job's ``model:`` section.
+
+    The loss is ``ce``; ``ce/0`` … ``ce/3``, one per codebook, are for the eye.
+    """
+
+    def __init__(self, model: MusicGen) -> None:
+        self.model = model
+
+    @cached_property
+    def terms(self) -> Mapping[str, float]:
+        """``ce`` counts; the codebooks' own terms have no weight."""
+        return {"ce": 1.0, **{f"ce/{k}": 0.0 for k in range(self._books)}}
+
+    def network(self) -> MusicGenNetwork:
+        """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
+        return load_network(self._release, self.model.dropout)
+
+    def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
+        """``text_hidden`` [L, text_width], float16, of each song's tags."""
+        return [{"text_hidden": hidden} for hidden in self._text([text.get("tags", "") for text in texts])]
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        """``codes`` [B, K, T], ``length`` [B], ``text_hidden`` [B, L, text_width], ``text_mask`` [B, L]; padded right.
+
+        Raises:
+            DataError: a song has more frames than the network has positions.
+        """
+        codes = [torch.from_numpy(example.arrays["codes"].astype(np.int64)) for example in examples]
+        for example, song in zip(examples, codes, strict=True):
+            self._check_length(song.shape[-1], f"song {example.id}")
+        hidden, mask = _text_batch([example.arrays["text_hidden"] for example in examples])
+        if training:
+            draws = [np.random.Generator(np.random.PCG64(example.seed)).random() for example in examples]
+            mask &= torch.tensor([draw >= self.model.cfg_dropout for draw in draws])[:, None]
+        length = torch.tensor([song.shape[-1] for song in codes])
+        frames = int(length.sum())
+        padded = torch.stack([nn.functional.pad(song, (0, int(length.max()) - song.shape[-1])) for song in codes])
+        tensors = {"codes": padded, "length": length, "text_hidden": hidden, "text_mask": mask}
+        counts = {term: float(frames * self._books if term == "ce" else frames) for term in self.terms}
+        return Batch(tensors, counts, frames)
+
+    def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Cross entropy summed over all codebooks (``ce``) and over each (``ce/k``)."""
+        codes, length, hidden, mask = (batch.tensors[n] for n in ("codes", "length", "text_hidden", "text_mask"))
+        ids, labels = delay(codes, length, unwrapped(network).pad)
+        books = network(ids, hidden, mask, labels=labels)
+        return {"ce": books.sum(), **{f"ce/{k}": value.detach() for k, value in enumerate(books)}}
+
+    def generate(
+        self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Int[np.ndarray, "K T"]]:
+        """Codes for the prompts' tags; see ``generate.generate``.
+
+        Raises:
+            DataError: a prompt is longer than the network has positions.
+        """
+        frames = [max(round(prompt.seconds * FRAME_RATE), 1) for prompt in prompts]
+        for index, count in enumerate(frames):
+            self._check_length(count, f"prompt {index + 1}")
+        conditions = self.conditions([{"tags": prompt.tags} for prompt in prompts])
+        text = _text_batch([condition["text_hidden"] for condition in conditions])
+        return generate(network, frames, [prompt.seed for prompt in prompts], *text, sampling)
+
+    @cached_property
+    def _release(self) -> Release:
+        return open_release(self.model.pretrained)
+
+    @cached_property
+    def _text(self) -> TextEncoder:
+        return open_text_encoder(self._release, self.model.text_encoder)
+
+    @cached_property
+    def _books(self) -> int:
+        return self._release.decoder_config(0.0).num_codebooks
+
+    @cached_property
+    def _positions(self) -> int:
+        return self._release.decoder_config(0.0).max_position_embeddings
+
+    def _check_length(self, frames: int, whose: str) -> None:
+        most = self._positions - self._books + 1
+        if frames > most:
+            raise DataError(
+                f"{whose} has {frames} frames ({frames / FRAME_RATE:.1f} s), the network has positions for {most}",
+                f"ask for at most {most / FRAME_RATE:.1f} s (model.segment_seconds, validation.prompts.seconds)",
+            )
+
+
+def _text_batch(hidden: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Hidden states padded to [B, L, text_width], ``L`` at least 1, and their mask."""
+    most = max(1, *(len(text) for text in hidden))
+    padded = np.stack([np.pad(text, ((0, most - len(text)), (0, 0))) for text in hidden])
+    mask = torch.arange(most) < torch.tensor([len(text) for text in hidden])[:, None]
+    return torch.from_numpy(padded), mask
