@@ -1,8 +1,8 @@
 """The demo's codec: small enough to ship, learned from the songs it has to play.
 
 A lapped transform (MDCT with a sine window, Princen & Bradley 1986) turns each 20 ms into 320 coefficients; residual
-vector quantisation (Zeghidour et al. 2021, arXiv:2107.03312, section III-C) turns those into four codes. As the transform
-is orthogonal, the error of the codes is the error of the sound.
+vector quantisation (Zeghidour et al. 2021, arXiv:2107.03312, section III-C) turns those into four codes. As the
+transform is orthogonal, the error of the codes is the error of the sound.
 
 Measured SNR of the built-in codebooks with 1, 2, 3 and 4 codes a frame: 11.1, 15.6, 18.8, 21.0 dB on the demo songs of
 style A and 9.4, 13.9, 17.0, 19.3 dB on those of style B, which they were learned from; on twelve other songs (seed 5)
@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.fft import dct
 
 from trainer.audio.decode import SUFFIXES, load
-from trainer.spec.errors import DataError
+from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.model import BaseModelSpec
 
 log = logging.getLogger(__name__)
@@ -153,17 +153,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="codec.safetensors")
     chosen = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    paths = sorted(path for path in chosen.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    try:
+        _learn_from(chosen.folder, chosen.out)
+    except UtaforgeError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+def _learn_from(source: Path, out: Path) -> None:
+    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise DataError(f"{chosen.folder}: holds no songs", "give a folder with audio files")
+        raise DataError(f"{source}: holds no songs", "give a folder with audio files")
     songs = [mdct(load(path, SAMPLE_RATE, 1)[0]) for path in paths]
     books = learn(np.concatenate(songs))
     for folder in sorted({path.parent for path in paths}):
         part = np.concatenate([song for song, path in zip(songs, paths, strict=True) if path.parent == folder])
         log.info("%s: SNR by codebooks %s dB", folder.name, [round(snr, 1) for snr in signal_to_noise(part, books)])
-    save_file({"codebooks": books.astype(np.float16)}, chosen.out)
-    log.info("%s: %d bytes", chosen.out, chosen.out.stat().st_size)
-    return 0
+    save_file({"codebooks": books.astype(np.float16)}, out)
+    log.info("%s: %d bytes", out, out.stat().st_size)
 
 
 def _read(path: Path) -> np.ndarray:

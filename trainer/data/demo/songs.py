@@ -178,7 +178,7 @@ def vowels(text: str) -> str:
     """Kana → one of ``aiueo`` a mora, ``n`` for ん and ``.`` (a rest) for っ; anything else is not sung.
 
     >>> vowels("さくら わっしょい")
-    'aaua.oi'
+    'auaa.oi'
     """
     sung = ""
     for sign in text:
