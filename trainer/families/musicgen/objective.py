@@ -1,8 +1,8 @@
 """The delay pattern and its cross entropy.
 
 Codebook ``k`` is delayed by ``k`` frames, so that a song of ``T`` frames is a sequence of ``S = T + K - 1`` and every
-code is predicted (Copet et al. 2023, https://arxiv.org/abs/2306.05284, figure 1). The loss is the mean over codebooks of
-the mean over frames; all codebooks have equally many frames, so it is one sum over one count.
+code is predicted (Copet et al. 2023, https://arxiv.org/abs/2306.05284, figure 1). The loss is the mean over codebooks
+of the mean over frames; all codebooks have equally many frames, so it is one sum over one count.
 """
 
 from collections.abc import Iterable
