@@ -1,9 +1,9 @@
 """What every part of the job schema shares."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, SecretStr
 
 
 class Spec(BaseModel):
@@ -12,13 +12,35 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def _url(schemes: tuple[str, ...]) -> AfterValidator:
+def no_password(url: str) -> str:
+    """``url``, unless it carries a password: job files are kept and shown, so secrets have no place in them.
+
+    Raises:
+        ValueError: if it does; the message does not repeat the URL.
+    """
+    if re.match(r"[a-z0-9+]+://[^/@]*:[^/@]*@", url):
+        raise ValueError("has a password in the URL, where everybody would read it; take it out of the URL")
+    return url
+
+
+def _url(*forms: str) -> AfterValidator:
     def check(value: str) -> str:
-        if not value.startswith(tuple(f"{scheme}:" for scheme in schemes)):
-            raise ValueError(f"must be a URL starting with {', '.join(f'{s}:' for s in schemes)}; got {value!r}")
-        return value
+        if not re.match("|".join(_FORMS[form] for form in forms), value):
+            raise ValueError(f"{value!r} is not a URL that works here; write {', '.join(forms[:-1])} or {forms[-1]}")
+        return no_password(value)
 
     return AfterValidator(check)
+
+
+_FORMS = {
+    "s3://bucket/prefix": r"s3://[^/]+",
+    "gs://bucket/prefix": r"gs://[^/]+",
+    "file:///absolute/path": r"file:///",
+    "file://./relative/path": r"file://\.\.?(/|$)",
+    "hf://org/repo": r"hf://[^/]+/[^/]+",
+    "random:tiny": r"random:(tiny|full)$",
+    "builtin:pocket": r"builtin:pocket$",
+}
 
 
 def _slug(value: str) -> str:
@@ -36,14 +58,19 @@ def _reference(value: SecretStr) -> SecretStr:
     return value
 
 
-Secret = Annotated[SecretStr, AfterValidator(_reference)]
-"""A secret, written ``${env:NAME}``. It stays a reference in the resolved job and is read where it is used (``reveal``)."""
-StoreUrl = Annotated[str, _url(("s3", "gs", "file"))]
+Secret = Annotated[
+    SecretStr,
+    AfterValidator(_reference),
+    PlainSerializer(SecretStr.get_secret_value, return_type=str, when_used="json"),
+]
+"""A secret, written ``${env:NAME}``: a reference in the resolved job too, read where it is used (``reveal``)."""
+StoreUrl = Annotated[
+    str, _url("s3://bucket/prefix", "gs://bucket/prefix", "file:///absolute/path", "file://./relative/path")
+]
 """A place in an object store: ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``file:///absolute`` or ``file://./relative``."""
-WeightsUrl = Annotated[str, _url(("s3", "gs", "file", "hf", "random", "builtin"))]
+WeightsUrl = Annotated[str, _url(*_FORMS)]
 """Where weights come from: a store URL, ``hf://org/repo``, ``random:tiny``, ``random:full`` or ``builtin:pocket``."""
 Name = Annotated[str, AfterValidator(_slug)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Json = dict[str, Any]

@@ -1,10 +1,11 @@
 """``data:``: which songs, and how they become shards."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal, cast
 
 from pydantic import Discriminator, Field, Tag
 
-from .base import Fraction, PositiveFloat, PositiveInt, Spec, StoreUrl, WeightsUrl
+from .base import PositiveFloat, PositiveInt, Spec, StoreUrl, WeightsUrl
 
 
 class DatasetRef(Spec):
@@ -29,8 +30,8 @@ class ValidationSet(Spec):
 
 
 def _validation_kind(value: object) -> str:
-    keys: object = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
-    return "dataset" if "dataset" in keys else "held_out"  # type: ignore[operator]
+    keys = cast("Iterable[str]", value if isinstance(value, dict) else getattr(value, "model_fields_set", ()))
+    return "dataset" if "dataset" in keys else "held_out"
 
 
 Validation = Annotated[
@@ -59,7 +60,7 @@ class JsonlSource(_Source):
     """One JSON object a line: ``path`` (relative to the file), ``description`` or ``tags``, ``lyrics``, ``group``."""
 
     type: Literal["jsonl"]
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """Our field → the file's key, where they differ: ``{tags: caption}``."""
 
 
@@ -86,7 +87,15 @@ class HuggingFaceSource(_Source):
 
     type: Literal["huggingface"]
     split: str = "train"
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
+
+
+class DemoSource(Spec):
+    """Songs synthesised by utaforge itself, so that a first run needs no data."""
+
+    type: Literal["demo"]
+    style: Literal["a", "b"]
+    songs: PositiveInt = 6
 
 
 class JaCappellaSource(_Source):
@@ -97,7 +106,14 @@ class JaCappellaSource(_Source):
 
 
 Source = Annotated[
-    FolderSource | JsonlSource | ZipSource | SpeakersSource | ProtosSource | HuggingFaceSource | JaCappellaSource,
+    FolderSource
+    | JsonlSource
+    | ZipSource
+    | SpeakersSource
+    | ProtosSource
+    | HuggingFaceSource
+    | JaCappellaSource
+    | DemoSource,
     Field(discriminator="type"),
 ]
 
@@ -141,6 +157,3 @@ class Data(Spec):
     train: Annotated[tuple[DatasetRef, ...], Field(min_length=1)]
     validation: Validation = HeldOut()
     prepare: Prepare | None = None
-
-
-__all__ = ["Data", "DatasetRef", "FolderSource", "Fraction", "HeldOut", "JsonlSource", "Prepare", "Source", "ValidationSet"]

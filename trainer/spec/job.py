@@ -1,13 +1,17 @@
 """The whole job file: ``Job``."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
 
-from .base import Fraction, Name, PositiveFloat, PositiveInt, Secret, Spec, StoreUrl
+from .base import Name, PositiveFloat, PositiveInt, Secret, Spec, StoreUrl, no_password
 from .cluster import Budget, Cluster, Local, Retrain
 from .data import Data
-from .model import Full, Lora, Method, Model, Optimizer, Schedule
+from .model import Method, Model, Optimizer, Schedule
+
+RULES_LATER = {"rules": "later"}
+"""Validation context: the caller looks for impossible combinations itself."""
 
 
 class BatchSeconds(Spec):
@@ -96,10 +100,18 @@ class ValidationSpec(Spec):
     stop_if: tuple[Literal["vocals_lost", "silent", "looping"], ...] = ()
 
 
+def _tracking_uri(value: str) -> str:
+    if not re.match(r"(https?|sqlite|postgresql)(\+\w+)?://.", value):
+        raise ValueError(
+            f"{value!r} is not an address of MLflow; write http://HOST:5000 or sqlite:///path/to/mlflow.db"
+        )
+    return no_password(value)
+
+
 class Tracking(Spec):
     """Where metrics go."""
 
-    mlflow: Annotated[str, Field(pattern=r"^(https?|sqlite|postgresql)(\+\w+)?://.+")] | None = None
+    mlflow: Annotated[str, AfterValidator(_tracking_uri)] | None = None
     """Tracking URI; by default an SQLite file under ``.utaforge/``."""
     username: str | None = None
     password: Secret | None = None
@@ -125,12 +137,9 @@ class Job(Spec):
     retrain: Retrain | None = None
 
     @model_validator(mode="after")
-    def _combinations(self) -> "Job":
+    def _combinations(self, info: ValidationInfo) -> Self:
         from .rules import impossible_combinations
 
-        if faults := impossible_combinations(self):
+        if info.context != RULES_LATER and (faults := impossible_combinations(self)):
             raise ValueError("\n".join(faults))
         return self
-
-
-__all__ = ["BatchSeconds", "BatchSongs", "Fraction", "Full", "Job", "Lora", "Prompt", "Sampling"]

@@ -1,8 +1,9 @@
 """``model:`` and ``method:``: which network is trained and how."""
 
-from typing import Annotated, Literal
+from dataclasses import asdict
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import Fraction, PositiveFloat, PositiveInt, Spec, StoreUrl, WeightsUrl
 
@@ -14,14 +15,14 @@ class Codec(Spec):
     """
 
     name: Literal["pocket", "encodec", "songbloom", "firefly", "dcae", "heartcodec"] | None = None
-    weights: dict[str, WeightsUrl] = {}
+    weights: dict[str, WeightsUrl] = Field(default_factory=dict)
 
 
 class BaseModelSpec(Spec):
     """What every family has."""
 
     pretrained: WeightsUrl
-    """Weights to start from: a directory of the official release, ``hf://org/repo``, ``random:tiny``, ``builtin:pocket``."""
+    """To start from: a directory of the official release, ``hf://org/repo``, ``random:tiny`` or ``builtin:pocket``."""
     codec: Codec = Codec()
     base_precision: Literal["auto", "int8"] = "auto"
     """``int8`` keeps the frozen base of a LoRA run in 8 bits (12–16 GB GPUs)."""
@@ -122,18 +123,35 @@ class Lora(Spec):
     alpha: PositiveFloat = 32
     dropout: Fraction = 0.0
     preset: str | None = None
-    """A named set of rank, alpha and targets (``musicgen/attention``, ``fish-speech/r8a16``, …)."""
-    targets: tuple[str, ...] | None = None
+    """A named set of rank, alpha and targets (``musicgen/attention``, ``fish-speech/r8a16``, …).
+
+    ``rank`` and ``alpha`` given beside it win.
+    """
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Module names to adapt, matched as exact suffixes; by default the family's safe set."""
     allow_harmful_targets: bool = False
+    """Train targets that are known to do harm."""
     dora: bool = False
+    """Learn direction and magnitude apart (https://arxiv.org/abs/2402.09353)."""
     rslora: bool = False
+    """Scale by alpha ÷ √rank instead of alpha ÷ rank (https://arxiv.org/abs/2312.03732)."""
     pissa: bool = False
+    """Start from the base's principal components (https://arxiv.org/abs/2404.02948)."""
     lora_plus: PositiveFloat | None = None
     """LoRA+: how many times faster the B matrices learn."""
     init: StoreUrl | None = None
     """Continue from this adapter (PEFT's file format)."""
     train_also: tuple[TrainAlso, ...] = ()
+
+    @model_validator(mode="after")
+    def _fill_from_preset(self) -> Self:
+        from .families import PRESETS
+
+        preset = PRESETS.get(self.preset or "")
+        if preset:  # frozen protects a finished model; this one is being made
+            for name in asdict(preset).keys() - self.model_fields_set:
+                object.__setattr__(self, name, getattr(preset, name))
+        return self
 
 
 class Full(Spec):

@@ -1,0 +1,85 @@
+"""What a job may already say but utaforge cannot do yet."""
+
+from collections.abc import Iterator
+
+from .data import DemoSource, FolderSource, JsonlSource, Prepare, SpeakersSource
+from .families import codec_of
+from .job import Job
+from .model import Lora
+from .yaml import FieldPath
+
+Unavailable = tuple[FieldPath, str]
+
+
+def unavailable(job: Job) -> list[Unavailable]:
+    """Path and message of every field that asks for something not available yet, with what works today."""
+    return [*_model(job), *_method(job), *_data(job), *_judging(job), *_cluster(job)]
+
+
+def _yet(what: str, today: str) -> str:
+    return f"{what} is not available yet; {today}"
+
+
+def _model(job: Job) -> Iterator[Unavailable]:
+    model = job.model
+    if job.kind != "train":
+        yield ("kind",), _yet(job.kind, "write train")
+    if model.family != "musicgen":
+        yield ("model", "family"), _yet(model.family, "write musicgen")
+    weights = {"pretrained": model.pretrained, "text_encoder": getattr(model, "text_encoder", None)}
+    weights |= {f"codec.weights.{part}": url for part, url in model.codec.weights.items()}
+    for path, url in weights.items():
+        if url and url.startswith("hf:"):
+            yield (
+                ("model", *path.split(".")),
+                _yet("downloading from Hugging Face", "download it yourself and write file:///path/to/it"),
+            )
+    if model.base_precision == "int8":
+        yield ("model", "base_precision"), _yet("int8", "write auto")
+    codec = codec_of(model)
+    listens = model.family == "musicgen" and (job.data.prepare or job.validation.prompts)
+    if codec != "pocket" and (model.codec.name or listens):
+        path = ("model", "codec", "name") if model.codec.name else ("model", "codec")
+        yield path, _yet(f"codec {codec}", "write {name: pocket}, with weights that were trained on its codes")
+
+
+def _method(job: Job) -> Iterator[Unavailable]:
+    if isinstance(job.method, Lora) and job.method.train_also:
+        yield ("method", "train_also"), _yet("training modules beside the adapter", "remove it")
+
+
+def _data(job: Job) -> Iterator[Unavailable]:
+    prepare = job.data.prepare
+    if prepare is None:
+        return
+    base = ("data", "prepare")
+    source = prepare.source
+    if not isinstance(source, FolderSource | JsonlSource | SpeakersSource | DemoSource):
+        yield (*base, "source", "type"), _yet(f"source {source.type}", "write folder, jsonl, speakers or demo")
+    elif not isinstance(source, DemoSource) and "://" in source.path:
+        yield (*base, "source", "path"), _yet("reading songs from a URL", "copy them to a folder of this machine")
+    yield from (((*base, *path), message) for path, message in _preparation(prepare))
+
+
+def _preparation(prepare: Prepare) -> Iterator[Unavailable]:
+    if prepare.mode != "shards":
+        yield ("mode",), _yet(prepare.mode, "write shards")
+    if prepare.lyrics.clean:
+        yield ("lyrics", "clean"), _yet("cleaning lyrics", "clean the .lyrics files yourself and remove it")
+    if prepare.lyrics.transcribe:
+        yield ("lyrics", "transcribe"), _yet("transcription", "write .lyrics files yourself and remove it")
+
+
+def _judging(job: Job) -> Iterator[Unavailable]:
+    if job.validation.stop_if:
+        yield ("validation", "stop_if"), _yet("stopping on bad audio", "remove it")
+    for name in ("hours", "usd"):
+        if getattr(job.budget, name) is not None:
+            yield ("budget", name), _yet("enforcing a budget", "remove it")
+    if job.retrain:
+        yield ("retrain",), _yet("retraining on a schedule", "remove it")
+
+
+def _cluster(job: Job) -> Iterator[Unavailable]:
+    if job.cluster.backend != "local":
+        yield ("cluster", "backend"), _yet(f"backend {job.cluster.backend}", "write local")
