@@ -1,0 +1,1 @@
+"""Songs: sources → ``prepare`` → shards of a dataset → ``planner`` → ``loader``."""
