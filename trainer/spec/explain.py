@@ -13,8 +13,6 @@ from pydantic import Tag, ValidationError
 from .base import Spec
 from .yaml import Fault, FieldPath, dotted
 
-_DISCRIMINATORS = ("family", "type", "backend")
-
 
 def schema_faults(error: ValidationError, root: type[Spec], secrets: frozenset[FieldPath]) -> list[Fault]:
     """Every error of a validation, in plain words; values at ``secrets`` are never repeated."""
@@ -78,10 +76,12 @@ def _members(annotation: Any) -> dict[str, type[Spec]]:
 
 
 def _own_tag(model: type[Spec]) -> str:
-    for name in _DISCRIMINATORS:
-        if name in model.model_fields and get_origin(model.model_fields[name].annotation) is Literal:
-            return get_args(model.model_fields[name].annotation)[0]
-    return model.__name__
+    key = _discriminator(model)
+    return get_args(model.model_fields[key].annotation)[0] if key else model.__name__
+
+
+def _discriminator(model: type[Spec]) -> str | None:
+    return next((name for name in ("family", "type", "backend") if name in model.model_fields), None)
 
 
 def _item(annotation: Any, part: str | int) -> Any:
@@ -106,7 +106,7 @@ def _fault(error: Mapping[str, Any], root: type[Spec], secrets: frozenset[FieldP
             return Fault(place.path[:-1], f"has too few items{got}")
         case "missing":
             return Fault(place.path, f"is missing; write {_wanted(place.annotation, str(place.path[-1]))}")
-        case "model_type" | "model_attributes_type":
+        case "model_type" | "model_attributes_type" | "dict_type" if _members(place.annotation):
             return Fault(place.path, f"must be a mapping, like {_example(place.annotation)}{got}")
         case "string_type" if isinstance(error["input"], int | float):
             return Fault(place.path, f'must be text; put it in quotes: "{json.dumps(error["input"])}"')
@@ -128,6 +128,8 @@ def _unknown_key(place: _Place, root: type[Spec]) -> str:
     key = str(place.path[-1])
     known = list(place.holder.model_fields) if place.holder else []
     owners = [tag for tag, model in place.others.items() if key in model.model_fields]
+    if owners and place.holder and not _discriminator(place.holder):
+        return f"does not go with {place.tag}; keep one of the two"
     if owners:
         return f"{place.tag} has no such key (it belongs to {', '.join(owners)}); remove it"
     if near := get_close_matches(key, known, 1):
@@ -153,8 +155,7 @@ def _shared(one: FieldPath, other: FieldPath) -> int:
 def _tagging(place: _Place) -> tuple[str, list[str]]:
     """The key that chooses between a union's members, and its values."""
     members = _members(place.annotation)
-    key = next(name for name in _DISCRIMINATORS if name in next(iter(members.values())).model_fields)
-    return key, list(members)
+    return next(filter(None, map(_discriminator, members.values()))), list(members)
 
 
 def _choose(given: object, choices: list[str]) -> str:
@@ -207,8 +208,9 @@ def _wanted(annotation: Any, key: str) -> str:
 
 
 def _example(annotation: Any) -> str:
-    """The first key of each model that ``annotation`` allows."""
-    keys = dict.fromkeys(next(iter(model.model_fields)) for model in _members(annotation).values())
+    """A key that tells the models apart that ``annotation`` allows, or the first key of each."""
+    models = _members(annotation).values()
+    keys = dict.fromkeys(_discriminator(model) or next(iter(model.model_fields)) for model in models)
     return " or ".join(f"{{{key}: …}}" for key in keys)
 
 

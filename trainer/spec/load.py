@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,8 @@ from .yaml import Document, Fault, FieldPath, overlap
 SECRETS: frozenset[FieldPath] = frozenset({("tracking", "password")})
 """Fields of type ``Secret``."""
 
+_DEEPEST = 4
+"""Sections inside of sections."""
 _STAND_INS: dict[tuple[str, ...], Any] = {
     ("name",): "job",
     ("store",): "s3://bucket",
@@ -56,7 +58,8 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     if job is not None:
         faults += find_impossible(job, unknown=broken)
         refused = {fault.path for fault in faults}
-        faults += [Fault(where, message) for where, message in unavailable(job) if where not in refused]
+        later = (*unavailable(job), *_missing_files(job))
+        faults += [Fault(where, message) for where, message in later if where not in refused]
     if faults:
         raise JobError(document.report(_once(faults)))
     assert job is not None
@@ -106,21 +109,43 @@ def reveal(secret: SecretStr) -> str:
 
 
 def _validate(data: dict[str, Any], faults: list[Fault]) -> tuple[Job | None, set[FieldPath]]:
-    """The job in ``data`` and the paths that are broken; what is broken is left out, so that the rest can be judged."""
+    """The job in ``data``, and the paths that are broken; schema errors are added to ``faults``.
+
+    What is broken is left out, and then what cannot do without it, so that the rest of the job can be judged too.
+    """
     broken = {fault.path for fault in faults}
     try:
         return _parse(data), broken
     except ValidationError as error:
         found = schema_faults(error, Job, SECRETS)
     faults += found
-    broken |= {fault.path for fault in found}
-    whole = copy.deepcopy(data)
-    for path in broken:
-        _replace(whole, path)
-    try:
-        return _parse(whole), broken
-    except ValidationError:
-        return None, broken
+    rest = copy.deepcopy(data)
+    useless = {fault.path for fault in found}
+    for _ in range(_DEEPEST):
+        broken |= useless
+        for path in useless:
+            _replace(rest, path)
+        try:
+            return _parse(rest), broken
+        except ValidationError as error:
+            useless = {fault.path[:-1] for fault in schema_faults(error, Job, SECRETS)}
+    return None, broken
+
+
+def _missing_files(job: Job) -> Iterator[tuple[FieldPath, str]]:
+    """Files of this machine that the job names but that are not there, if the job runs here."""
+    if job.cluster.backend != "local":
+        return
+    named: dict[str, str | None] = {"model.pretrained": job.model.pretrained}
+    named |= {f"model.codec.weights.{part}": url for part, url in job.model.codec.weights.items()}
+    named["model.text_encoder"] = getattr(job.model, "text_encoder", None)
+    named["method.init"] = getattr(job.method, "init", None)
+    for where, url in named.items():
+        if url and url.startswith("file://") and not Path(url.removeprefix("file://")).exists():
+            yield tuple(where.split(".")), f"there is nothing at {url.removeprefix('file://')}; correct the path"
+    path = getattr(job.data.prepare.source, "path", "://") if job.data.prepare else "://"
+    if "://" not in path and not Path(path).exists():
+        yield ("data", "prepare", "source", "path"), f"there is nothing at {path}; correct the path"
 
 
 def _parse(data: dict[str, Any]) -> Job:

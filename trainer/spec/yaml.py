@@ -57,7 +57,7 @@ class Document:
 
     def report(self, faults: Collection[Fault]) -> str:
         """All faults in the order of the file, one a line: ``file:line:column: path: message``."""
-        return "\n".join(line for _, line in sorted(map(self._line, faults)))
+        return "\n".join(line for _, line in sorted(map(self._line, faults), key=lambda each: each[0]))
 
     def _line(self, fault: Fault) -> tuple[tuple[bool, int, int], str]:
         text = f"{dotted(fault.path)}: {fault.message}" if fault.path else fault.message
