@@ -7,6 +7,7 @@ pandas, DuckDB, Ray Data and HF ``datasets`` read shards as they are.
 
 import dataclasses
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def write_shard(songs: Sequence[Song], format: ShardFormat) -> bytes:
 
 
 class Shard:
-    """A shard file, open for reading; songs are read one row group at a time.
+    """A shard file, open for reading by any thread; songs are read one row group at a time.
 
     Raises:
         DataError: ``path`` is no shard of utaforge, or is damaged.
@@ -113,6 +114,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowException, OSError) as error:
@@ -133,7 +135,8 @@ class Shard:
         """The song in ``row``; its arrays are read-only views."""
         group, index = divmod(row, _SONGS_PER_ROW_GROUP)
         try:
-            table = self._file.read_row_group(group)
+            with self._lock:
+                table = self._file.read_row_group(group)
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(error) from error
         record = table.slice(index, 1).select([*_TEXT_COLUMNS, "seconds"]).to_pylist()[0]

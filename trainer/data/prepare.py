@@ -1,0 +1,170 @@
+"""Songs → shards: decode, check, level, encode, compute the family's conditions, publish."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.audio.decode import load
+from trainer.audio.loudness import normalise
+from trainer.codecs import Codec, open_codec
+from trainer.families import Family, open_family
+from trainer.spec.data import Prepare
+from trainer.spec.errors import DataError
+from trainer.spec.job import Job
+from trainer.store import open_store
+
+from .dataset import Dataset, Failure, Writer, newest
+from .shards import ShardFormat, Song
+from .sources import SongSource, SourceSong, open_source
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str, Failure | None], None]
+"""Told after each song: how many of how many are done, its name, and why it was left out if it was."""
+_PROBE = {"tags": "utaforge 歌", "lyrics": "さくら さくら"}
+_NAMED_FAILURES = 10
+
+
+def prepare(job: Job, progress: Progress | None = None) -> Dataset:
+    """Make the shards of ``job``'s first dataset from its ``data.prepare`` source, unless they are there already.
+
+    Songs that cannot be used are left out, each with its reason in the dataset's ``failures``.
+
+    Raises:
+        DataError: no song could be used, or the job has nothing to prepare from.
+        StoreError: the store failed.
+    """
+    spec = job.data.prepare
+    if spec is None:
+        raise DataError("the job has no data.prepare section", "name a source of songs there")
+    tools = Tools(spec, open_codec(job.model), open_family(job.model), job.model.family)
+    return prepare_songs(job.data.train[0].dataset, tools, progress)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What turns audio into the rows of a shard."""
+
+    spec: Prepare
+    codec: Codec
+    family: Family
+    family_name: str
+
+
+def prepare_songs(url: str, tools: Tools, progress: Progress | None = None) -> Dataset:
+    """``prepare`` with its tools already in hand."""
+    store = open_store(url)
+    with open_source(tools.spec.source) as source:
+        probe = tools.family.conditions([_PROBE])[0]
+        prepared_from = _prepared_from(source, tools, probe)
+        current = newest(url)
+        if current is not None and current.prepared_from == prepared_from:
+            log.info("%s is up to date (version %d)", url, current.version)
+            return current
+        store.check_writable()
+        writer = Writer(store, _format(tools, probe))
+        failures: list[Failure] = []
+        prepared = _prepared(source, tools, failures, progress or (lambda *_: None))
+        shard: list[Song] = []
+        for song in prepared:
+            shard.append(song)
+            if len(shard) == tools.spec.shard_songs:
+                writer.add(_with_conditions(shard, tools.family))
+                shard = []
+        if shard:
+            writer.add(_with_conditions(shard, tools.family))
+    if not writer.songs:
+        raise _nothing(tools.spec, failures)
+    return writer.commit(prepared_from, failures)
+
+
+def _prepared_from(source: SongSource, tools: Tools, probe: dict[str, np.ndarray]) -> str:
+    """Hash of everything that decides what the dataset will hold."""
+    parts = [
+        tools.spec.model_dump_json(),
+        source.inputs(),
+        tools.codec.name,
+        tools.codec.fingerprint,
+        tools.family_name,
+        *(f"{name} {hashlib.sha256(array.tobytes()).hexdigest()}" for name, array in sorted(probe.items())),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _format(tools: Tools, probe: dict[str, np.ndarray]) -> ShardFormat:
+    codec = tools.codec
+    dtypes = {name: array.dtype.name for name, array in probe.items()}
+    return ShardFormat(
+        family=tools.family_name,
+        codec=codec.name,
+        codec_fingerprint=codec.fingerprint,
+        sample_rate=codec.sample_rate,
+        frame_rate=codec.frame_rate,
+        codebooks=codec.codebooks,
+        vocabulary=codec.vocabulary,
+        dtypes={**dtypes, "codes": np.min_scalar_type(codec.vocabulary - 1).name},
+    )
+
+
+def _prepared(source: SongSource, tools: Tools, failures: list[Failure], progress: Progress) -> Iterator[Song]:
+    songs = source.songs()
+    for done, song in enumerate(songs, 1):
+        name, failure = (song.name, song) if isinstance(song, Failure) else (song.audio, None)
+        if isinstance(song, SourceSong):
+            try:
+                yield _encoded(source, song, tools)
+            except DataError as error:
+                failure = Failure(name, error.problem)
+        if failure is not None:
+            failures.append(failure)
+            log.warning("left out: %s: %s", failure.name, failure.reason)
+        progress(done, len(songs), name, failure)
+
+
+def _encoded(source: SongSource, song: SourceSong, tools: Tools) -> Song:
+    codec, spec = tools.codec, tools.spec
+    with source.files.local(song.audio) as path:
+        try:
+            audio = load(path, codec.sample_rate, codec.channels)
+        except DataError as error:
+            raise DataError(error.problem.removeprefix(f"{path}: "), error.cure) from error
+    seconds = audio.shape[1] / codec.sample_rate
+    _check(audio, seconds, spec)
+    if spec.loudness is not None:
+        audio = normalise(audio, codec.sample_rate, spec.loudness)
+    codes = codec.encode(audio)
+    codes = codes.astype(np.min_scalar_type(codec.vocabulary - 1))
+    return Song(song.id, song.group, song.tags, song.lyrics, seconds, song.audio, {"codes": codes})
+
+
+def _check(audio: np.ndarray, seconds: float, spec: Prepare) -> None:
+    if seconds < spec.min_seconds:
+        raise DataError(f"is too short: {seconds:.1f} s, data.prepare.min_seconds is {spec.min_seconds:g}")
+    if spec.max_seconds is not None and seconds > spec.max_seconds:
+        raise DataError(f"is too long: {seconds:.1f} s, data.prepare.max_seconds is {spec.max_seconds:g}")
+    peak = float(np.abs(audio).max())
+    level = 20 * math.log10(peak) if peak > 0 else -math.inf
+    if level < spec.silence:
+        raise DataError(f"is silent: its loudest moment is {level:.0f} dBFS, data.prepare.silence is {spec.silence:g}")
+
+
+def _with_conditions(songs: Sequence[Song], family: Family) -> list[Song]:
+    conditions = family.conditions([{"tags": song.tags, "lyrics": song.lyrics} for song in songs])
+    return [
+        Song(**{**vars(song), "arrays": {**song.arrays, **arrays}})
+        for song, arrays in zip(songs, conditions, strict=True)
+    ]
+
+
+def _nothing(spec: Prepare, failures: Sequence[Failure]) -> DataError:
+    where = getattr(spec.source, "path", "the source")
+    if not failures:
+        return DataError(f"{where}: holds no songs", "correct data.prepare.source in the job file")
+    named = [f"  {failure.name}: {failure.reason}" for failure in failures[:_NAMED_FAILURES]]
+    more = len(failures) - len(named)
+    problem = f"{where}: none of its {len(failures)} songs can be used:\n" + "\n".join(named)
+    return DataError(problem + (f"\n  and {more} more" if more else ""), "repair these files or name another source")
