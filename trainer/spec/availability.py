@@ -37,10 +37,11 @@ def _model(job: Job) -> Iterator[Unavailable]:
     if model.base_precision == "int8":
         yield ("model", "base_precision"), _yet("int8", "write auto")
     codec = codec_of(model)
-    listens = model.family == "musicgen" and (job.data.prepare or job.validation.prompts)
-    if codec != "pocket" and (model.codec.name or listens):
-        path = ("model", "codec", "name") if model.codec.name else ("model", "codec")
-        yield path, _yet(f"codec {codec}", "write {name: pocket}, with weights that were trained on its codes")
+    if codec != "pocket" and model.codec.name:
+        yield ("model", "codec", "name"), _yet(codec, "write pocket, with weights that were trained on its codes")
+    elif codec != "pocket" and model.family == "musicgen" and (job.data.prepare or job.validation.prompts):
+        need = _yet(f"it needs codec {codec}, which", "write codec: {name: pocket} if it was trained on pocket's codes")
+        yield ("model", "pretrained"), need
 
 
 def _method(job: Job) -> Iterator[Unavailable]:

@@ -58,7 +58,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     if job is not None:
         faults += find_impossible(job, unknown=broken)
         refused = {fault.path for fault in faults}
-        later = (*unavailable(job), *_missing_files(job))
+        later = (*_missing_files(job), *unavailable(job))
         faults += [Fault(where, message) for where, message in later if where not in refused]
     if faults:
         raise JobError(document.report(_once(faults)))
@@ -113,7 +113,7 @@ def _validate(data: dict[str, Any], faults: list[Fault]) -> tuple[Job | None, se
 
     What is broken is left out, and then what cannot do without it, so that the rest of the job can be judged too.
     """
-    broken = {fault.path for fault in faults}
+    broken = {fault.path for fault in faults if fault.mark is None}
     try:
         return _parse(data), broken
     except ValidationError as error:

@@ -55,7 +55,7 @@ def _base_precision(job: "Job") -> Iterator[Fault]:
     if job.model.base_precision == "int8" and isinstance(job.method, Full):
         yield Fault(
             ("model", "base_precision"),
-            "int8 is for a frozen base, and method full trains it; write auto, or train lora",
+            "int8 is for a frozen base, and method full trains it; write auto",
         )
 
 
@@ -70,7 +70,7 @@ def _codec(job: "Job") -> Iterator[Fault]:
 def _builtin(job: "Job") -> Iterator[Fault]:
     if job.model.pretrained == "builtin:pocket" and job.model.family != "musicgen":
         yield Fault(
-            ("model", "pretrained"), f"builtin:pocket is a musicgen, not a {job.model.family}; write another URL"
+            ("model", "pretrained"), f"builtin:pocket is a musicgen, not {job.model.family}; name other weights"
         )
 
 
@@ -100,9 +100,7 @@ def _harmful_targets(job: "Job") -> Iterator[Fault]:
 
 def _adapter_start(job: "Job") -> Iterator[Fault]:
     if isinstance(job.method, Lora) and job.method.pissa and job.method.init:
-        yield Fault(
-            ("method", "pissa"), "the adapter starts from method.init, so it cannot start from PiSSA; remove one"
-        )
+        yield Fault(("method", "pissa"), "the adapter starts from method.init already; remove one of the two")
 
 
 def _prompts(job: "Job") -> Iterator[Fault]:
@@ -178,18 +176,18 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("train.schedule.warmup", "train.steps"), _warmup),
     (("train.batch",), _micro_batch),
     (("model.base_precision", "method"), _base_precision),
-    (("model",), _codec),
-    (("model",), _builtin),
-    (("model", "method"), _preset),
-    (("model", "method"), _harmful_targets),
+    (("model.family", "model.pretrained", "model.codec"), _codec),
+    (("model.family", "model.pretrained"), _builtin),
+    (("model.family", "method"), _preset),
+    (("model.family", "method"), _harmful_targets),
     (("method",), _adapter_start),
-    (("model", "validation.prompts"), _prompts),
+    (("model.family", "validation.prompts"), _prompts),
     (("validation.stop_if", "validation.prompts"), _stop_if),
     (("data.train", "data.validation"), _datasets),
     (("data.prepare",), _length_limits),
-    (("data.prepare", "model"), _demo_codec),
-    (("kind", "model"), _kind),
-    (("store", "model", "data.train", "cluster"), _far_files),
+    (("data.prepare.source", "model.family"), _demo_codec),
+    (("kind", "model.family"), _kind),
+    (("store", "model.pretrained", "data.train", "cluster"), _far_files),
     (("tracking",), _login),
 )
 """The rules, each with the fields it reads."""

@@ -1,0 +1,75 @@
+"""Sizes, targets and presets of the families agree with what upstream publishes and with what was measured."""
+
+import json
+
+import pytest
+
+from trainer.spec.errors import JobError
+from trainer.spec.families import FAMILIES, dims_of, lora_parameters
+from trainer.spec.model import FishSpeech, Lora, MusicGen
+
+MEASURED = [
+    ("musicgen", 1, ("q_proj", "v_proj"), 786_432),
+    ("musicgen", 1, FAMILIES["musicgen"].safe_targets, 1_572_864),
+    ("musicgen", 16, FAMILIES["musicgen"].presets["musicgen/all"].targets, 40_894_464),
+    ("songbloom", 16, ("q_proj", "v_proj"), 3_538_944),
+    ("heartmula", 16, FAMILIES["heartmula"].presets["heartmula/attention"].targets, 10_207_232),
+    ("ace_step", 1, FAMILIES["ace_step"].presets["ace-step/upstream"].targets, 1_022_976),
+    ("fish_speech", 8, FAMILIES["fish_speech"].presets["fish-speech/r8a16"].targets, 6_171_136),
+]
+
+
+@pytest.mark.parametrize(("family", "rank", "targets", "count"), MEASURED)
+def test_adapter_size_is_what_was_measured(family, rank, targets, count):
+    assert lora_parameters(FAMILIES[family], FAMILIES[family].dims, rank, targets) == count
+
+
+def test_adapter_of_fish_speech_1_4_is_what_was_measured():
+    family = FAMILIES["fish_speech"]
+    dims = dims_of(FishSpeech(family="fish_speech", pretrained="random:full", version="1.4"))
+    assert dims.parameters == 494_462_976
+    assert lora_parameters(family, dims, 8, family.presets["fish-speech/r8a16"].targets) == 5_050_368
+
+
+def test_dora_adds_one_magnitude_for_each_output():
+    family = FAMILIES["musicgen"]
+    plain, dora = (lora_parameters(family, family.dims, 8, ("fc1",), dora=dora) for dora in (False, True))
+    assert dora - plain == 48 * 8192
+
+
+def test_musicgen_large_counts_as_many_parameters_as_upstream():
+    assert FAMILIES["musicgen"].dims.parameters == 3_255_382_016 + 1_574_912
+
+
+def test_dims_come_from_the_configuration_in_a_local_folder(tmp_path):
+    model = MusicGen(family="musicgen", pretrained=f"file://{tmp_path}")
+    assert dims_of(model) == FAMILIES["musicgen"].dims
+    decoder = {"hidden_size": 32, "num_hidden_layers": 3, "ffn_dim": 48, "vocab_size": 128, "num_codebooks": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"decoder": decoder, "text_encoder": {"d_model": 16}}))
+    dims = dims_of(model)
+    assert (dims.layers, dims.width, dims.ffn, dims.heads, dims.vocabulary, dims.codebooks) == (3, 32, 48, 16, 128, 2)
+    (tmp_path / "config.json").write_text("歌")
+    with pytest.raises(JobError, match=r"model\.pretrained: .*config.json is not the configuration of a MusicGen"):
+        dims_of(model)
+
+
+def test_every_target_and_preset_names_modules_that_exist():
+    for family in FAMILIES.values():
+        for targets in (family.safe_targets, *(preset.targets for preset in family.presets.values())):
+            for target in targets:
+                assert lora_parameters(family, family.dims, 1, (target,)) > 0, (family.name, target)
+                assert family.harm(target) is None
+
+
+def test_harm_is_matched_by_whole_names():
+    songbloom = FAMILIES["songbloom"]
+    assert songbloom.harm("nar_dit.layers.0.self_attn.to_qkv")
+    assert songbloom.harm("up_proj")
+    assert songbloom.harm("mlp.up_proj") is None
+    assert songbloom.harm("kv") is None
+
+
+def test_targets_default_to_the_safe_set_and_follow_a_preset():
+    family = FAMILIES["musicgen"]
+    assert family.targets(Lora(type="lora")) == family.safe_targets
+    assert family.targets(Lora(type="lora", preset="musicgen/all"))[-1] == "fc2"
