@@ -1,7 +1,7 @@
 """Checkpoints: committed to the store beside training, found again, restored, thinned out.
 
-A checkpoint is a folder ``step-00000050/`` of files and a ``manifest.json`` with their sizes and hashes. The manifest is
-put last and only if there is none yet: its existence *is* the commit, and a reader trusts nothing else.
+A checkpoint is a folder ``step-00000050/`` of files and a ``manifest.json`` with their sizes and hashes. The manifest
+is put last and only if there is none yet: its existence *is* the commit, and a reader trusts nothing else.
 """
 
 import base64
