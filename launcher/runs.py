@@ -1,0 +1,451 @@
+"""Runs: their names, and how they stand, from the run directory and the backend. There is no other book."""
+
+import getpass
+import json
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from launcher.backends.base import Backend, Jobs
+from launcher.backends.ray_jobs import RayJobs
+from trainer.spec import Job, dump_job, job_from_json
+from trainer.spec.errors import ClusterError, JobError, StoreError, UtaforgeError
+from trainer.store import Store, open_store
+
+State = Literal["finished", "running", "failed", "stopped"]
+MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"))
+"""What a run may change when it is continued: nothing that is learnt depends on it."""
+ANSWER_SECONDS = 3.0
+"""How long a cluster is waited for when only its state is wanted."""
+STOP_SECONDS = 60.0
+_ATTEMPTS, _COMMITS, _JOURNAL = "attempts", "checkpoints", "metrics.jsonl"
+_RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One submission of a run, as ``attempts/NNNN.json`` tells it.
+
+    Attributes:
+        number: from 1.
+        time: when, seconds since 1970.
+        host: of the launcher.
+        user: who.
+        backend: name of it.
+        address: the cluster's dashboard.
+        submission: the program's name there.
+        token_file: where the cluster's token lies on ``host``; the token itself is written nowhere else.
+    """
+
+    number: int
+    time: float
+    host: str
+    user: str
+    backend: str
+    address: str
+    submission: str
+    token_file: str | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands.
+
+    Attributes:
+        name: of the run.
+        url: its run directory.
+        state: finished, running, failed or stopped; a stopped run goes on where it was when it is submitted again.
+        step: optimizer steps done, as far as the journal or, in a run that is not running, the newest checkpoint tells.
+        steps: that the job asks for.
+        loss: the last one recorded.
+        attempts: submissions so far.
+        backend: of the newest attempt.
+        problem: why it failed.
+        cure: what to do about that.
+        updated: when anything was last heard of it, ISO 8601.
+    """
+
+    name: str
+    url: str
+    state: State
+    step: int
+    steps: int
+    loss: float | None
+    attempts: int
+    backend: str | None
+    problem: str | None
+    cure: str | None
+    updated: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return self.state if self.state == "finished" else f"{self.state} at step {self.step} of {self.steps}"
+
+
+class Run:
+    """One run directory.
+
+    Args:
+        store: ``<store>/runs/<run>``.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.url = store.url
+        self.name = store.url.rsplit("/", 1)[-1]
+
+    @cached_property
+    def job(self) -> Job:
+        """The resolved job; raises ``StoreError`` if there is no such run."""
+        return job_from_json(self.store.get("job.json").decode())
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its result."""
+        return self.store.exists("result.json")
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What it came to, once finished."""
+        return _json(self.store.get_or_none("result.json"))
+
+    def attempts(self) -> int:
+        """Submissions so far."""
+        return sum(1 for _ in self.store.list(_ATTEMPTS))
+
+    def newest_attempt(self) -> Attempt | None:
+        """The last submission, or None if there was none."""
+        paths = [entry.path for entry in self.store.list(_ATTEMPTS)]
+        return Attempt(**json.loads(self.store.get(paths[-1]))) if paths else None
+
+    def newest_commit(self) -> int:
+        """Step of the newest checkpoint that is whole; 0 without one."""
+        place = self.store.at(_COMMITS)
+        for name in reversed(place.folders()):
+            if re.fullmatch(r"step-\d+", name) and place.exists(f"{name}/manifest.json"):
+                return int(name.removeprefix("step-"))
+        return 0
+
+    def begin_attempt(self, backend: Backend, jobs: Jobs) -> Attempt:
+        """Claim this run for a submission to ``jobs``, which is to be made under ``Attempt.submission``.
+
+        Raises:
+            ClusterError: somebody else claimed it at the same moment.
+        """
+        number = self.attempts() + 1
+        attempt = Attempt(
+            number,
+            time.time(),
+            socket.gethostname(),
+            getpass.getuser(),
+            backend.name,
+            jobs.address,
+            f"{self.name}-{number}",
+            str(backend.token_file) if backend.token_file else None,
+        )
+        if not self.store.create(f"{_ATTEMPTS}/{number:04d}.json", json.dumps(asdict(attempt), indent=1).encode()):
+            raise _busy(self.name, "by another submit, this very moment")
+        return attempt
+
+    def refuse_if_running(self) -> None:
+        """Raise ``ClusterError`` if a submission of this run is at work: never two at once."""
+        attempt = self.newest_attempt()
+        if attempt and self._is_alive(attempt):
+            raise _busy(self.name, f"on {attempt.host} since {_clock(attempt.time)} (attempt {attempt.number})")
+
+    def status(self) -> Status:
+        """How it stands, from what is stored and what its cluster says."""
+        attempt, result = self.newest_attempt(), self.result
+        step, loss, heard = _last_metrics(self.store.get_or_none(_JOURNAL))
+        failure = None if result else self._failure(attempt)
+        state: State = "stopped"
+        if result:
+            state, step = "finished", self.job.train.steps
+        elif attempt and self._is_alive(attempt):
+            state = "running"
+        else:
+            state, step = ("failed" if failure else "stopped"), self.newest_commit()
+        heard = max(heard, attempt.time if attempt else 0.0)
+        return Status(
+            name=self.name,
+            url=self.url,
+            state=state,
+            step=step,
+            steps=self.job.train.steps,
+            loss=loss,
+            attempts=attempt.number if attempt else 0,
+            backend=attempt.backend if attempt else None,
+            problem=failure["problem"] if failure and state == "failed" else None,
+            cure=failure["cure"] if failure and state == "failed" else None,
+            updated=_clock(heard) if heard else None,
+        )
+
+    def cancel(self) -> None:
+        """Ask the run to stop, and wait until it has.
+
+        Raises:
+            ClusterError: it is not running, or it runs where this machine cannot reach it, or it would not stop.
+        """
+        attempt = self.newest_attempt()
+        if attempt is None or not self._is_alive(attempt):
+            raise ClusterError(f"run {self.name} is not running: it is {self.status()}", "there is nothing to cancel")
+        if attempt.backend == "local" and attempt.host != socket.gethostname():
+            raise ClusterError(
+                f"run {self.name} runs on {attempt.host}", f"cancel it there: utaforge cancel {self.name}"
+            )
+        jobs = _jobs(attempt)
+        jobs.stop(attempt.submission)
+        deadline = time.monotonic() + STOP_SECONDS
+        while (status := jobs.status(attempt.submission)) and not status.over:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"run {self.name} does not stop", "end its submit with Ctrl-C")
+            time.sleep(0.2)
+
+    def live_log(self) -> Iterator[str] | None:
+        """Lines of the attempt at work, as they come, from its first; None if the run is not running within reach."""
+        attempt = self.newest_attempt()
+        if attempt is None or self.finished or not _reachable(attempt) or not self._is_alive(attempt):
+            return None
+        return _jobs(attempt).follow(attempt.submission)
+
+    def stored_logs(self) -> dict[str, str]:
+        """Log files of the run directory, by name."""
+        return {
+            entry.path.removeprefix("logs/"): self.store.get(entry.path).decode("utf-8", "replace")
+            for entry in self.store.list("logs")
+        }
+
+    def _is_alive(self, attempt: Attempt) -> bool:
+        if self.finished:
+            return False
+        if not _reachable(attempt):
+            journal = next((entry for entry in self.store.list() if entry.path == _JOURNAL), None)
+            heard = max(attempt.time, journal.modified if journal else 0.0)
+            return time.time() - heard < _SILENT_SECONDS
+        try:
+            status = _jobs(attempt).status(attempt.submission)
+        except ClusterError:
+            return False
+        return status is None or not status.over
+
+    def _failure(self, attempt: Attempt | None) -> dict[str, Any] | None:
+        failure = _json(self.store.get_or_none("failure.json"))
+        return failure if failure and attempt and float(failure["time"]) > attempt.time else None
+
+
+_SILENT_SECONDS = 120.0
+"""A run on another machine that has been silent for so long counts as ended."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The run that a submission works on.
+
+    Attributes:
+        run: the run.
+        news: what people should know about the choice, in a sentence.
+    """
+
+    run: Run
+    news: str
+
+
+def runs_of(store_url: str) -> Store:
+    """Where a store keeps its runs."""
+    return open_store(store_url).at("runs")
+
+
+def find_run(store_url: str, name: str) -> Run:
+    """The run called ``name``.
+
+    Raises:
+        StoreError: there is none; names the runs that there are.
+    """
+    place = runs_of(store_url)
+    if _RUN_NAME.fullmatch(name):
+        run = Run(place.at(name))
+        if run.store.exists("job.json"):
+            return run
+    names = place.folders()
+    known = f"; there are: {', '.join(names[-10:])}" if names else ""
+    raise StoreError(
+        f"there is no run {name!r} in {store_url}{known}", "see utaforge list; --store URL names another store"
+    )
+
+
+def all_runs(store_url: str) -> list[Status]:
+    """How every run in a store stands, by name."""
+    place = runs_of(store_url)
+    runs = [Run(place.at(name)) for name in place.folders()]
+    with ThreadPoolExecutor(8) as pool:
+        return [status for status in pool.map(_status_or_none, runs) if status]
+
+
+def create_or_resume(job: Job, plan: Mapping[str, Any], name: str | None = None) -> Chosen:
+    """The run that submitting ``job`` means: its newest unfinished one, or a new one.
+
+    The first run is called like the job, later ones ``-2``, ``-3``, …; ``name`` chooses another. The run directory then
+    holds ``job.json`` and ``plan.json`` as they are now.
+
+    Raises:
+        JobError: the run was made from another job (names the fields), or ``name`` is finished or cannot be a name.
+        ClusterError: the run is at work at this moment.
+    """
+    place = runs_of(job.store)
+    run, news = _named(place, job, name) if name else _next(place, job)
+    run.refuse_if_running()
+    dumped = dump_job(job).encode()
+    if not run.store.create("job.json", dumped):
+        if differing := _differences(run.job, job):
+            raise _other_job(run.name, differing)
+        run.store.put("job.json", dumped)
+    run.store.put("plan.json", json.dumps(plan, ensure_ascii=False, indent=1).encode())
+    return Chosen(Run(run.store), news)
+
+
+def _named(place: Store, job: Job, name: str) -> tuple[Run, str]:
+    if not _RUN_NAME.fullmatch(name):
+        raise JobError(
+            f"--run {name}: a run's name has 1 to 63 characters of a-z, 0-9 and '-'", f"try --run {job.name}-2"
+        )
+    run = Run(place.at(name))
+    if not run.store.exists("job.json"):
+        return run, f"run {name}: new"
+    if run.finished:
+        raise JobError(
+            f"--run {name}: this run is finished", f"leave --run out to start a new one, or see utaforge status {name}"
+        )
+    return run, _going_on(run)
+
+
+def _next(place: Store, job: Job) -> tuple[Run, str]:
+    """The newest unfinished run of this very job, else the next free name; not if the newest run waits for another job."""
+    runs = _numbered(place, job.name)
+    differing: list[str] = []
+    for number in sorted(runs, reverse=True):
+        run = runs[number]
+        if run.finished:
+            continue
+        found = _differences(run.job, job)
+        if not found:
+            return run, _going_on(run)
+        if number == max(runs):
+            differing = found
+    if differing:
+        raise _other_job(runs[max(runs)].name, differing)
+    number = max(runs, default=0) + 1
+    name = job.name if number == 1 else f"{job.name}-{number}"
+    before = f" ({runs[number - 1].name} is finished)" if number > 1 else ""
+    return Run(place.at(name)), f"run {name}: new{before}"
+
+
+def _numbered(place: Store, job_name: str) -> dict[int, Run]:
+    """Runs named by this rule: number → run."""
+    found: dict[int, Run] = {}
+    for name in place.folders():
+        match = re.fullmatch(rf"{re.escape(job_name)}(?:-([1-9]\d*))?", name)
+        if match and (run := Run(place.at(name))).store.exists("job.json") and run.job.name == job_name:
+            found[int(match[1] or 1)] = run
+    return found
+
+
+def _going_on(run: Run) -> str:
+    step = run.newest_commit()
+    return (
+        f"run {run.name}: continues at step {step}" if step else f"run {run.name}: starts again, it had no checkpoint"
+    )
+
+
+def _differences(old: Job, new: Job) -> list[str]:
+    """``path: old → new`` for every field that decides what is learnt."""
+    before, after = ({path: value for path, value in _flat(json.loads(dump_job(job)))} for job in (old, new))
+    paths = [path for path in before | after if before.get(path) != after.get(path)]
+    return [
+        f"{'.'.join(path)}: {_shown(before.get(path))} → {_shown(after.get(path))}"
+        for path in paths
+        if not any(path[: len(free)] == free for free in MAY_DIFFER)
+    ]
+
+
+def _flat(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    if isinstance(value, dict) and value:
+        for key, inner in cast("dict[str, object]", value).items():
+            yield from _flat(inner, (*path, key))
+    elif isinstance(value, list) and value:
+        for index, inner in enumerate(cast("list[object]", value)):
+            yield from _flat(inner, (*path, str(index)))
+    else:
+        yield path, value
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _other_job(name: str, differing: list[str]) -> JobError:
+    return JobError(
+        f"run {name} was made from another job; these fields differ:\n" + "\n".join(f"  {line}" for line in differing),
+        "put them back to continue it, or start a new run: --run NEW-NAME",
+    )
+
+
+def _busy(name: str, where: str) -> ClusterError:
+    return ClusterError(
+        f"run {name} is being worked on {where}",
+        f"wait for it (utaforge logs -f {name}), stop it (utaforge cancel {name}), or start another: --run NEW-NAME",
+    )
+
+
+def _reachable(attempt: Attempt) -> bool:
+    return attempt.backend != "local" or attempt.host == socket.gethostname()
+
+
+def _jobs(attempt: Attempt) -> RayJobs:
+    token = None
+    if attempt.token_file and os.access(attempt.token_file, os.R_OK):
+        token = Path(attempt.token_file).read_text()
+    return RayJobs(attempt.address, token, ANSWER_SECONDS)
+
+
+def _status_or_none(run: Run) -> Status | None:
+    """None for a folder that is no run; a run that cannot be read is shown as failed."""
+    try:
+        return run.status() if run.store.exists("job.json") else None
+    except (UtaforgeError, ValueError, KeyError, TypeError) as error:
+        problem = error.problem if isinstance(error, UtaforgeError) else f"its files cannot be read: {error}"
+        return Status(run.name, run.url, "failed", 0, 0, None, 0, None, problem, "restore or remove it", None)
+
+
+def _json(data: bytes | None) -> dict[str, Any] | None:
+    return cast("dict[str, Any]", json.loads(data)) if data else None
+
+
+def _last_metrics(journal: bytes | None) -> tuple[int, float | None, float]:
+    """(step, last training loss, time) of the end of a journal; its last line may be torn."""
+    step, heard = 0, 0.0
+    for line in reversed((journal or b"").splitlines()):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        step, heard = max(step, entry["step"]), max(heard, entry["time"])
+        loss = entry.get("metrics", {}).get("train/loss")
+        if loss is not None:
+            return step, (float(loss) if math.isfinite(float(loss)) else None), heard
+    return step, None, heard
+
+
+def _clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

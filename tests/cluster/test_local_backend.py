@@ -1,0 +1,177 @@
+"""The local backend on a real Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.backends.local import LocalBackend
+from launcher.backends.ray_jobs import RayJobs
+from trainer.spec.errors import ClusterError
+
+LINES = 60
+LOOPBACK = "0100007F"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[LocalBackend, RayJobs]]:
+    with LocalBackend(ranks=2, environment={"UTAFORGE_TEST": "さくら"}) as backend:
+        yield backend, backend.start(lambda line: None)
+
+
+def outcome(jobs: RayJobs, name: str, program: str) -> list[str]:
+    jobs.submit(name, [sys.executable, "-c", program], {})
+    return list(jobs.follow(name))
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of processes that belong to the cluster in ``folder``, by their environment or arguments."""
+    found: list[str] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                text = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if os.fsencode(folder) in text:
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"))
+    return found
+
+
+def test_a_program_that_succeeds_tells_every_line_and_its_result(cluster: tuple[LocalBackend, RayJobs]) -> None:
+    _, jobs = cluster
+    program = (
+        "import os\n"
+        f"for n in range({LINES}): print(n, os.environ['UTAFORGE_TEST'], 'x' * 3000)\n"
+        "print('終わり', end='')"
+    )
+    lines = outcome(jobs, "succeeds", program)
+    told = [line for line in lines if "さくら" in line]
+    assert told == [f"{n} さくら {'x' * 3000}" for n in range(LINES)]
+    assert lines[-1] == "終わり"
+    status = jobs.status("succeeds")
+    assert status is not None
+    assert (status.state, status.exit_code) == ("succeeded", 0)
+
+
+def test_a_program_that_fails_is_known_by_its_status_and_exit_code(cluster: tuple[LocalBackend, RayJobs]) -> None:
+    _, jobs = cluster
+    outcome(jobs, "fails", "raise SystemExit(6)")
+    status = jobs.status("fails")
+    assert status is not None
+    assert (status.state, status.exit_code) == ("failed", 6)
+
+
+def test_a_submission_made_twice_runs_once_and_can_be_stopped(
+    cluster: tuple[LocalBackend, RayJobs], tmp_path: Path
+) -> None:
+    _, jobs = cluster
+    program = (
+        f"open({str(tmp_path / 'started')!r}, 'a').write('x'); print('here', flush=True); import signal; signal.pause()"
+    )
+    for _ in range(2):
+        jobs.submit("stops", [sys.executable, "-c", program], {})
+    for line in jobs.follow("stops"):
+        if line == "here":
+            jobs.stop("stops")
+    status = jobs.status("stops")
+    assert status is not None
+    assert status.state == "stopped"
+    assert (tmp_path / "started").read_text() == "x"
+
+
+def test_only_the_token_opens_the_cluster_and_only_on_the_loopback(cluster: tuple[LocalBackend, RayJobs]) -> None:
+    backend, jobs = cluster
+    assert backend.token_file is not None
+    assert backend.token_file.stat().st_mode & 0o077 == 0
+    with pytest.raises(ClusterError, match="refused: 40"):
+        RayJobs(jobs.address).submit("intruder", ["true"], {})
+    inodes = {str(link.readlink()) for pid in cluster_pids(backend.token_file.parent) for link in links(pid)}
+    addresses = {address for address, inode in listeners() if f"socket:[{inode}]" in inodes}
+    assert addresses <= {LOOPBACK, f"0000000000000000FFFF0000{LOOPBACK}"}
+    assert LOOPBACK in addresses
+
+
+def cluster_pids(folder: Path) -> list[Path]:
+    return [
+        entry
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and os.access(entry / "environ", os.R_OK) and os.fsencode(folder) in environ(entry)
+    ]
+
+
+def environ(entry: Path) -> bytes:
+    try:
+        return (entry / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def links(pid: Path) -> list[Path]:
+    try:
+        return [link for link in (pid / "fd").iterdir() if link.is_symlink()]
+    except OSError:
+        return []
+
+
+def listeners() -> list[tuple[str, str]]:
+    """(address in hexadecimal, inode) of listening TCP sockets, IPv4 and IPv6."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return [(row[1].split(":")[0], row[9]) for row in rows if row[3] == "0A"]
+
+
+def test_close_leaves_no_process_and_no_folder(cluster: tuple[LocalBackend, RayJobs]) -> None:
+    """Last of those that use the cluster."""
+    backend, jobs = cluster
+    assert backend.token_file is not None
+    folder = backend.token_file.parent
+    sleeper = (
+        "import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True); print('here', flush=True)"
+    )
+    outcome(jobs, "leaves-one-behind", sleeper)
+    assert any(line.startswith("sleep 1000") for line in processes_of(folder))
+    backend.close()
+    assert processes_of(folder) == []
+    assert not folder.exists()
+    with pytest.raises(ClusterError, match="does not answer"):
+        jobs.status("leaves-one-behind")
+
+
+def test_killing_the_launcher_ends_its_cluster() -> None:
+    program = (
+        "from launcher.backends.local import LocalBackend\n"
+        "backend = LocalBackend(ranks=1)\n"
+        "backend.start(lambda line: None)\n"
+        "print(backend.token_file.parent, flush=True)\n"
+        "import signal; signal.pause()\n"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    folder = Path(launcher.stdout.readline().strip())
+    assert folder.is_dir()
+    assert processes_of(folder)
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    deadline = time.monotonic() + 15
+    while processes_of(folder) and time.monotonic() < deadline:
+        os.sched_yield()
+    assert processes_of(folder) == []
+    assert not folder.exists()
+
+
+def test_ray_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = tmp_path / "ray"
+    ray.write_text("#!/bin/sh\necho 'OSError: [Errno 98] Address already in use: 127.0.0.1:6379' >&2\nexit 1\n")
+    ray.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").symlink_to(Path(sys.prefix) / "bin" / "python")
+    with LocalBackend(ranks=1) as backend, pytest.raises(ClusterError) as caught:
+        backend.start(lambda line: None)
+    assert "a port that Ray was to listen on was taken meanwhile" in caught.value.problem
+    assert "Address already in use: 127.0.0.1:6379" in caught.value.problem
+    assert caught.value.cure == "submit again: other ports are chosen"
