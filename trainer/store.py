@@ -114,18 +114,18 @@ class Store:
 
     def get_or_none(self, path: str) -> bytes | None:
         """The object's content, or None if it is not there."""
-        with self._explained("read", path):
+        with self._explained("read", path) as key:
             try:
-                return bytes(obstore.get(self._client(), self._key(path)).bytes())
+                return bytes(obstore.get(self._client(), key).bytes())
             except FileNotFoundError as error:
                 _check_bucket(error)
                 return None
 
     def exists(self, path: str) -> bool:
         """Whether the object is there."""
-        with self._explained("read", path):
+        with self._explained("read", path) as key:
             try:
-                obstore.head(self._client(), self._key(path))
+                obstore.head(self._client(), key)
             except FileNotFoundError as error:
                 _check_bucket(error)
                 return False
@@ -133,8 +133,8 @@ class Store:
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object, whole or not at all, over what may be there."""
-        with self._explained("write", path):
-            obstore.put(self._client(writing=True), self._key(path), data)
+        with self._explained("write", path) as key:
+            obstore.put(self._client(writing=True), key, data)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write an object if there is none: exactly one of many writers wins.
@@ -146,9 +146,9 @@ class Store:
 
     def folders(self, prefix: str = "") -> list[str]:
         """Names of the folders directly below the folder ``prefix``, sorted; none if it is not there."""
-        with self._explained("list", prefix):
+        with self._explained("list", prefix.rstrip("/")) as key:
             try:
-                found = obstore.list_with_delimiter(self._client(), self._folder(prefix))["common_prefixes"]
+                found = obstore.list_with_delimiter(self._client(), key or None)["common_prefixes"]
             except FileNotFoundError as error:
                 _check_bucket(error)
                 return []
@@ -156,9 +156,9 @@ class Store:
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Every object below the folder ``prefix``, sorted by path; none if it is not there."""
-        with self._explained("list", prefix):
+        with self._explained("list", prefix.rstrip("/")) as key:
             try:
-                pages = obstore.list(self._client(), self._folder(prefix), chunk_size=1000)
+                pages = obstore.list(self._client(), key or None, chunk_size=1000)
                 found = [item for page in pages for item in page]
             except FileNotFoundError as error:
                 _check_bucket(error)
@@ -182,16 +182,13 @@ class Store:
 
     def upload(self, local: Path, path: str) -> None:
         """Copy the file ``local`` to the object ``path``, in parts if it is large; readers see all of it or nothing."""
-        with self._explained("write", path):
-            obstore.put(
-                self._client(writing=True), self._key(path), local, chunk_size=_CHUNK, max_concurrency=_PARALLEL
-            )
+        with self._explained("write", path) as key:
+            obstore.put(self._client(writing=True), key, local, chunk_size=_CHUNK, max_concurrency=_PARALLEL)
 
     def download(self, path: str, local: Path) -> None:
         """Copy the object ``path`` to the file ``local``, in parallel parts; ``local`` appears whole or not at all."""
-        key = self._key(path)
         part = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.part")
-        with self._explained("read", path):
+        with self._explained("read", path) as key:
             try:
                 client = self._client()
                 head = obstore.head(client, key)
@@ -298,9 +295,6 @@ class Store:
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{_checked(path)}" if self._prefix else _checked(path)
 
-    def _folder(self, prefix: str) -> str | None:
-        return self._key(prefix.rstrip("/")) if prefix else self._prefix or None
-
     def _relative(self, key: str) -> str:
         return key.removeprefix(f"{self._prefix}/") if self._prefix else key
 
@@ -325,17 +319,17 @@ class Store:
                 return False
             self.upload(data, path)
             return True
-        with self._explained("write", path):
+        with self._explained("write", path) as key:
             try:
-                obstore.put(self._client(writing=True), self._key(path), data, mode="create", use_multipart=False)
+                obstore.put(self._client(writing=True), key, data, mode="create", use_multipart=False)
             except (AlreadyExistsError, PreconditionError):
                 return False
             return True
 
     def _holds(self, path: str, size: int, digest: str) -> bool:
         found = hashlib.sha256()
-        with self._explained("read", path):
-            result = obstore.get(self._client(), self._key(path))
+        with self._explained("read", path) as key:
+            result = obstore.get(self._client(), key)
             if result.meta["size"] != size:
                 return False
             for chunk in result.stream(min_chunk_size=_CHUNK):
@@ -346,13 +340,14 @@ class Store:
         return StoreError(f"{self.url}/{path} does not exist", "check the URL")
 
     @contextmanager
-    def _explained(self, doing: str, path: str) -> Iterator[None]:
-        url = f"{self.url}/{path}" if path else self.url
+    def _explained(self, doing: str, path: str) -> Iterator[str]:
+        """Gives the client's key of ``path``; the client's errors become ours."""
+        key = self._key(path) if path else self._prefix
         try:
-            yield
+            yield key
         except (BaseError, OSError, ValueError) as error:
             # Not chained: servers repeat keys and signatures in what they answer.
-            raise _explain(doing, url, error) from None
+            raise _explain(doing, f"{self._root}/{key}".rstrip("/"), error) from None
 
 
 @cache
