@@ -26,7 +26,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_ROOT = "base_model.model."
 
 
-def apply_lora(network: nn.Module, method: Lora, family: FamilySpec, *, seed: int = 0) -> PeftModel:
+def apply(network: nn.Module, method: Lora, family: FamilySpec, *, seed: int = 0) -> PeftModel:
     """Freeze ``network`` and put the adapter of ``method`` on it, in fp32, on the CPU.
 
     Until it is trained the adapter changes nothing (PiSSA: nothing but rounding). ``seed`` decides its random matrices,

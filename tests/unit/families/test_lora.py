@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from trainer.adapt import adapter_state, apply_lora, load_adapter, parameter_groups, save_adapter
+from trainer.adapt import adapter_state, apply, load_adapter, parameter_groups, save_adapter
 from trainer.families.musicgen.network import MusicGenNetwork
 from trainer.families.musicgen.weights import load_network, open_release
 from trainer.spec.errors import TrainingError
@@ -53,13 +53,13 @@ KINDS = {
 
 def test_before_training_the_adapted_network_is_the_base_exactly() -> None:
     for kind in ("lora", "rslora", "all targets"):
-        assert torch.equal(logits(apply_lora(base(), KINDS[kind], SPEC).eval()), logits(base())), kind
+        assert torch.equal(logits(apply(base(), KINDS[kind], SPEC).eval()), logits(base())), kind
     for kind in ("dora", "pissa"):
-        assert torch.allclose(logits(apply_lora(base(), KINDS[kind], SPEC).eval()), logits(base()), atol=1e-5), kind
+        assert torch.allclose(logits(apply(base(), KINDS[kind], SPEC).eval()), logits(base()), atol=1e-5), kind
 
 
 def test_only_the_adapter_is_trained_and_in_fp32() -> None:
-    network = apply_lora(base(), method(dora=True), SPEC)
+    network = apply(base(), method(dora=True), SPEC)
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     assert len(trained) == 3 * 2 * 8
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained)
@@ -67,14 +67,14 @@ def test_only_the_adapter_is_trained_and_in_fp32() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_is_loaded_by_peft_alone_and_by_us(kind: str, tmp_path: Path) -> None:
-    trained = disturb(apply_lora(base(), KINDS[kind], SPEC, seed=1))
+    trained = disturb(apply(base(), KINDS[kind], SPEC, seed=1))
     wanted = logits(trained)
     assert not torch.allclose(wanted, logits(base()), atol=1e-3)
     save_adapter(trained, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     alone = PeftModel.from_pretrained(base(), str(tmp_path)).eval()
     assert torch.allclose(logits(alone), wanted, atol=2e-5)
-    back = apply_lora(base(), KINDS[kind], SPEC, seed=2).eval()
+    back = apply(base(), KINDS[kind], SPEC, seed=2).eval()
     load_adapter(back, tmp_path)
     assert torch.allclose(logits(back), wanted, atol=2e-5)
     for name, value in adapter_state(trained).items():
@@ -82,16 +82,16 @@ def test_what_is_saved_is_loaded_by_peft_alone_and_by_us(kind: str, tmp_path: Pa
 
 
 def test_training_continues_from_an_adapter_named_by_url(tmp_path: Path) -> None:
-    trained = disturb(apply_lora(base(), method(), SPEC))
+    trained = disturb(apply(base(), method(), SPEC))
     save_adapter(trained, tmp_path / "祭り")
-    continued = apply_lora(base(), method(init=f"file://{tmp_path / '祭り'}"), SPEC).eval()
+    continued = apply(base(), method(init=f"file://{tmp_path / '祭り'}"), SPEC).eval()
     assert torch.equal(logits(continued), logits(trained))
 
 
 def test_a_saved_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
-    save_adapter(apply_lora(base(), method(rank=4), SPEC), tmp_path)
+    save_adapter(apply(base(), method(rank=4), SPEC), tmp_path)
     with pytest.raises(TrainingError, match="has r = 4, the job's method asks for 8"):
-        load_adapter(apply_lora(base(), method(rank=8), SPEC), tmp_path)
+        load_adapter(apply(base(), method(rank=8), SPEC), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -104,20 +104,20 @@ def test_a_saved_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
 )
 def test_a_target_that_is_not_there_is_answered_with_those_that_are(target: str, problem: str) -> None:
     with pytest.raises(TrainingError) as caught:
-        apply_lora(base(), method(targets=("q_proj", target)), SPEC)
+        apply(base(), method(targets=("q_proj", target)), SPEC)
     assert problem in str(caught.value)
     assert "choose from enc_to_dec_proj, fc1, fc2, k_proj, out_proj, q_proj, v_proj" in str(caught.value)
 
 
 def test_ranks_draw_the_same_matrices_whatever_was_drawn_before() -> None:
-    first = adapter_state(apply_lora(base(), method(), SPEC, seed=3))
+    first = adapter_state(apply(base(), method(), SPEC, seed=3))
     torch.randn(5)
-    second = adapter_state(apply_lora(base(), method(), SPEC, seed=3))
+    second = adapter_state(apply(base(), method(), SPEC, seed=3))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_lora_plus_and_weight_decay_are_in_the_groups() -> None:
-    network = apply_lora(base(), method(dora=True, lora_plus=16), SPEC)
+    network = apply(base(), method(dora=True, lora_plus=16), SPEC)
     groups = parameter_groups(network, method(lora_plus=16), Optimizer(weight_decay=0.1))
     assert sorted((g["weight_decay"], g["lr_scale"], len(g["params"])) for g in groups) == [
         (0.0, 1.0, 16),

@@ -1,0 +1,109 @@
+"""One rank of ``test_engine``: trains the tiny MusicGen in every way and writes what it saw as JSON.
+
+``python engine_ranks.py FOLDER RANK WORLD CASE…``; a case is ``strategy/method/precision`` and optionally ``@FILE``, a state to
+resume from.
+"""
+
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.adapt import apply, parameter_groups
+from trainer.engine import Engine, learning_rate, load_state, save_state
+from trainer.families import Batch, Example, open_family
+from trainer.spec.families import FAMILIES
+from trainer.spec.job import BatchSeconds, Prompt, Sampling, Train
+from trainer.spec.model import Full, Lora, MusicGen, Optimizer, Schedule
+
+STEPS, SAVED = 4, 2
+LENGTHS = [(31,), (12, 9), (25, 7), (5, 5, 5), (18,)]
+METHODS = {"lora": Lora(type="lora", rank=4, alpha=8, lora_plus=2), "full": Full(type="full")}
+TRAIN = Train(
+    steps=STEPS,
+    batch=BatchSeconds(seconds=1),
+    optimizer=Optimizer(lr=2e-3, weight_decay=0.1),
+    schedule=Schedule(warmup=1),
+)
+FAMILY = open_family(MusicGen(family="musicgen", pretrained="random:tiny"))
+
+
+def main(folder: str, rank: str, world: str, *cases: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous-{world}"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=120)
+    )
+    seen = {case: run(case, Path(folder)) for case in cases}
+    if rank == "0":
+        (Path(folder) / f"seen-{world}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+def run(case: str, folder: Path) -> dict[str, Any]:
+    """Losses, norms and final weights' sum of one case, from the start or from a saved state."""
+    kind, _, resume = case.partition("@")
+    strategy, method, precision = kind.split("/")
+    state = load_state(folder / resume) if resume else None
+    network = FAMILY.network()
+    if method == "lora":
+        network = apply(network, METHODS["lora"], FAMILIES["musicgen"])
+    groups = parameter_groups(network, METHODS[method], TRAIN.optimizer)
+    options = {"strategy": strategy, "precision": precision, "device": torch.device("cpu"), "resume": state}
+    engine = Engine(network, FAMILY, TRAIN, groups, **options)
+    before = engine.evaluate(share(0))
+    results, seconds = [], []
+    for step in range(engine.steps + 1, STEPS + 1):
+        start = time.perf_counter()
+        results.append(engine.step(share(step), learning_rate(TRAIN, step), seed=(0, step)))
+        seconds.append(time.perf_counter() - start)
+        if step == SAVED and not resume:
+            saved = engine.state()
+            if engine.rank == 0:
+                save_state(saved, folder / f"{kind.replace('/', '-')}-{engine.world}.safetensors")
+    with engine.generating() as ready:
+        songs = FAMILY.generate(ready, [Prompt(tags="祭り", seconds=0.2)], Sampling())
+    final = engine.state()
+    return {
+        "before": before["loss"],
+        "losses": [result.loss for result in results],
+        "terms": [result.terms for result in results],
+        "norms": [result.grad_norm for result in results],
+        "skipped": [result.skipped for result in results],
+        "tokens": [result.tokens for result in results],
+        "after": engine.evaluate(share(0))["loss"],
+        "weights": [float(values["param"].double().norm()) for values in final.tensors.values()],
+        "moments": [float(values["exp_avg_sq"].double().sum()) for values in final.tensors.values()],
+        "song": songs[0].tolist(),
+        "milliseconds": round(1000 * float(np.median(seconds)), 1),
+    }
+
+
+def share(step: int) -> list[tuple[Batch, float]]:
+    """This rank's micro-batches of a step: five in all, of unequal lengths; a rank without its third repeats one."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batches = [batch(step, index) for index in range(len(LENGTHS))]
+    mine = [(micro, 1.0) for micro in batches[rank::world]]
+    most = -(-len(batches) // world)
+    return mine + [(batches[0], 0.0)] * (most - len(mine))
+
+
+def batch(step: int, index: int) -> Batch:
+    draw = np.random.default_rng((step, index))
+    songs = [draw.integers(0, 64, (4, length)).astype(np.uint16) for length in LENGTHS[index]]
+    conditions = FAMILY.conditions([{"tags": f"歌 {step} {i}"} for i in range(len(songs))])
+    examples = [
+        Example(f"{i}", {"codes": song, **condition}, {}, seed=step * 100 + i)
+        for i, (song, condition) in enumerate(zip(songs, conditions, strict=True))
+    ]
+    return FAMILY.collate(examples, training=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
