@@ -119,6 +119,8 @@ def _decode_ffmpeg(path: Path) -> tuple[np.ndarray, int]:
         except av.error.FFmpegError as error:
             raise DataError(f"{path}: is damaged or cut off ({error.strerror})", _CURE) from error
         rate = stream.rate
+        if not rate:
+            raise DataError(f"{path}: is not audio, or is damaged (it has no sample rate)", _CURE)
         audio = np.concatenate(blocks, axis=1) if blocks else np.zeros((1, 0), np.float32)
         _check_length(path, audio.shape[1] / rate, _declared_seconds(container) or 0.0)
         return audio, rate

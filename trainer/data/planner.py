@@ -174,7 +174,7 @@ def share(batch: GlobalBatch, rank: int, world: int) -> list[tuple[MicroBatch, f
     """
     turns = -(-len(batch.micro) // world)
     chosen = [(batch.micro[i], 1.0) for i in range(rank, len(batch.micro), world)]
-    return chosen + [(batch.micro[-1], 0.0)] * (turns - len(chosen))
+    return chosen + [(batch.micro[-1], 0.0) for _ in range(turns - len(chosen))]
 
 
 @dataclass(frozen=True)
