@@ -131,21 +131,20 @@ def test_a_server_out_of_reach_is_said_soon(monkeypatch, environment):
     assert "verysecret" not in str(caught.value)
 
 
+_REFUSALS = {
+    "wrong-key": (403, "InvalidAccessKeyId"),
+    "expired": (400, "ExpiredToken"),
+    "forbidden": (403, "AccessDenied"),
+}
+
+
 class _Refusing(BaseHTTPRequestHandler):
     """Answers as S3 does to somebody it does not know or trust, and repeats their key."""
 
-    answers = {
-        "wrong-key": (403, "InvalidAccessKeyId"),
-        "expired": (400, "ExpiredToken"),
-        "forbidden": (403, "AccessDenied"),
-    }
-
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"] or 0))
-        status, code = self.answers[self.path.split("/")[1]]
-        body = (
-            f"<Error><Code>{code}</Code><Message>AKIDEXAMPLE</Message><StringToSign>x</StringToSign></Error>".encode()
-        )
+        status, code = _REFUSALS[self.path.split("/")[1]]
+        body = f"<Error><Code>{code}</Code><Message>AKIDEXAMPLE</Message></Error>".encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -192,11 +191,10 @@ def test_real_songs_are_prepared_from_the_store_into_the_store(store, tmp_path):
     (cached,) = [path for path in (tmp_path / "cache").glob("*.parquet") if path.name.startswith(Path(shard).stem)]
     cached.write_bytes(b"x" * cached.stat().st_size)
     again = Dataset.open(f"{store.url}/資料", cache=tmp_path / "cache")
-    assert [(again.song(s).arrays["codes"] == c).all() for s, c in zip(again.songs.ids, codes, strict=True)]
+    assert all((again.song(s).arrays["codes"] == c).all() for s, c in zip(again.songs.ids, codes, strict=True))
 
 
 def test_ranks_of_one_machine_share_the_copy_of_a_shard(store, tmp_path):
-    store.put("a", b"")
     model = MusicGen(family="musicgen", pretrained="random:tiny")
     spec = Prepare.model_validate({"source": {"type": "demo", "style": "a", "songs": 2}})
     url = f"{store.url}/資料"
