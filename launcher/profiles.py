@@ -18,6 +18,7 @@ class Profile:
         gpu: its GPU, as Ray labels it (``ray.util.accelerators``); None without.
         gpus: how many.
         gpu_bytes: memory of one GPU that a program can have: what the driver reports, not what the box says.
+        peak_flops: dense half-precision operations per second of one GPU, from its data sheet; None where unknown.
         bf16: whether its matrix units compute in bfloat16.
         cores: CPU cores; None where the machine decides.
         ram_bytes: main memory; None where the machine decides.
@@ -29,6 +30,7 @@ class Profile:
     gpu: str | None = None
     gpus: int = 0
     gpu_bytes: int = 0
+    peak_flops: float | None = None
     bf16: bool = False
     cores: int | None = None
     ram_bytes: int | None = None
@@ -40,10 +42,14 @@ PROFILES: Mapping[str, Profile] = {
     profile.name: profile
     for profile in (
         Profile("cpu"),
-        Profile("t4x4", "T4", 4, int(14.6 * GIB), False, 48, 192 * GIB, 3.912, "AWS g4dn.12xlarge, us-east-1"),
-        Profile("a100", "A100", 1, int(79.2 * GIB), True, 12, 170 * GIB, 5.07, "GCP a2-ultragpu-1g, us-central1"),
-        Profile("a100-40", "A100", 1, int(39.4 * GIB), True, 12, 85 * GIB, 3.67, "GCP a2-highgpu-1g, us-central1"),
-        Profile("rtx4090", "GeForce-RTX-4090", 1, int(23.5 * GIB), True),
+        Profile("t4x4", "T4", 4, int(14.6 * GIB), 65e12, False, 48, 192 * GIB, 3.912, "AWS g4dn.12xlarge, us-east-1"),
+        Profile(
+            "a100", "A100", 1, int(79.2 * GIB), 312e12, True, 12, 170 * GIB, 5.07, "GCP a2-ultragpu-1g, us-central1"
+        ),
+        Profile(
+            "a100-40", "A100", 1, int(39.4 * GIB), 312e12, True, 12, 85 * GIB, 3.67, "GCP a2-highgpu-1g, us-central1"
+        ),
+        Profile("rtx4090", "GeForce-RTX-4090", 1, int(23.5 * GIB), 165e12, True),
     )
 }
 """All profiles, by name."""

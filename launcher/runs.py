@@ -169,7 +169,7 @@ class Run:
         """How it stands, from what is stored and what its cluster says."""
         attempt, result = self.newest_attempt(), self.result
         step, loss, heard = _last_metrics(self.store.get_or_none(_JOURNAL))
-        failure = None if result else self._failure(attempt)
+        failure = None if result else self.failure(attempt)
         state: State = "stopped"
         if result:
             state, step = "finished", self.job.train.steps
@@ -240,7 +240,8 @@ class Run:
             return False
         return status is None or not status.over
 
-    def _failure(self, attempt: Attempt | None) -> dict[str, Any] | None:
+    def failure(self, attempt: Attempt | None) -> dict[str, Any] | None:
+        """Why the newest attempt, ``attempt``, cannot go on, if its trainer has said so."""
         failure = _json(self.store.get_or_none("failure.json"))
         return failure if failure and attempt and float(failure["time"]) > attempt.time else None
 
@@ -331,7 +332,7 @@ def _named(place: Store, job: Job, name: str) -> tuple[Run, str]:
 
 
 def _next(place: Store, job: Job) -> tuple[Run, str]:
-    """The newest unfinished run of this very job, else the next free name; not if the newest run waits for another job."""
+    """The newest unfinished run of this job, else the next free name; neither if the newest waits for another job."""
     runs = _numbered(place, job.name)
     differing: list[str] = []
     for number in sorted(runs, reverse=True):

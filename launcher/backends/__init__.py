@@ -1,25 +1,24 @@
 """Where Ray clusters come from."""
 
+from collections.abc import Mapping
+
 from launcher.backends.base import Backend, Jobs
-from trainer.spec.errors import ClusterError
-from trainer.spec.job import Job
+from launcher.plan import Plan
+from trainer.spec import ClusterError, Job
 
 
-def open_backend(job: Job, environment: dict[str, str]) -> Backend:
+def open_backend(job: Job, plan: Plan, environment: Mapping[str, str]) -> Backend:
     """The backend that ``job.cluster`` names, not started yet.
 
     Args:
         job: the job.
+        plan: its plan.
         environment: variables that the run's processes need, beside those they inherit.
     """
-    from launcher.backends.local import LocalBackend
-    from launcher.plan import plan
-
     if job.cluster.backend == "local":
-        planned = plan(job)
-        return LocalBackend(
-            planned.ranks, gpus=planned.ranks if planned.device == "cuda" else 0, environment=environment
-        )
+        from launcher.backends.local import LocalBackend
+
+        return LocalBackend(plan.ranks, plan.ranks if plan.device == "cuda" else 0, environment)
     raise ClusterError(
         f"cluster.backend: {job.cluster.backend} is not available yet", "write cluster: {backend: local} for now"
     )

@@ -1,7 +1,7 @@
 """What a backend is: it brings up a Ray cluster, hands out its jobs, and takes down what it brought up."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
@@ -36,8 +36,8 @@ class Jobs(Protocol):
 
     address: str
 
-    def submit(self, submission: str, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start a program beside the cluster's head; returns once the cluster has accepted it.
+    def submit(self, submission: str, argv: Sequence[str]) -> None:
+        """Start a program beside the cluster's head, with the backend's environment; returns once it is accepted.
 
         Submitting the same ``submission`` twice starts it once.
         """

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.backends.base import Backend, Say
@@ -51,10 +52,10 @@ class LocalBackend(Backend):
 
     name = "local"
 
-    def __init__(self, ranks: int, gpus: int = 0, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, ranks: int, gpus: int = 0, environment: Mapping[str, str] | None = None) -> None:
         self._ranks = ranks
         self._gpus = gpus
-        self._environment = environment or {}
+        self._environment = dict(environment or {})
         self._keeper: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
 

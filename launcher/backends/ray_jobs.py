@@ -45,24 +45,32 @@ class RayJobs:
         address: the dashboard, ``http://host:port``.
         token: of the cluster, if it asks for one; never logged.
         seconds: for one answer.
+        environment: variables that programs get, where the cluster's processes do not have them already.
     """
 
-    def __init__(self, address: str, token: str | None = None, seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str | None = None,
+        seconds: float = 60.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.address = address.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._seconds = seconds
+        self._environment = dict(environment or {})
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def version(self) -> str:
         """Ray's version; the cheapest sign of life."""
         return str(self._ask("GET", "/api/version")["ray_version"])
 
-    def submit(self, submission: str, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    def submit(self, submission: str, argv: Sequence[str]) -> None:
         """See ``Jobs``."""
         body = {
             "submission_id": submission,
             "entrypoint": shlex.join(argv),
-            "runtime_env": {"env_vars": dict(environment)} if environment else {},
+            "runtime_env": {"env_vars": self._environment} if self._environment else {},
         }
         deadline = time.monotonic() + SUBMIT_SECONDS
         while True:

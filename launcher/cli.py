@@ -1,0 +1,364 @@
+"""The commands: parse, call, print. What a command needs is imported by that command, so that ``--help`` is quick."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from launcher.runs import Run, Status
+    from trainer.spec import Job
+
+DEFAULT_STORE = "file://./.utaforge/store"
+EPILOG = """\b
+Exit codes
+  0    done
+  1    anything that has no code of its own
+  2    the job file is wrong
+  3    the store refuses or is out of reach
+  4    songs or a dataset cannot be used
+  5    the cluster did not start, is out of reach, or lost the run
+  6    training cannot go on
+  130  interrupted; submit again to continue
+
+\b
+Variables
+  UTAFORGE_STORE  store of commands that take a RUN (file://./.utaforge/store)
+  UTAFORGE_HOME   what this machine's runs share (./.utaforge)
+  UTAFORGE_DEBUG  1: show tracebacks and everything that Ray says
+"""
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """The command ``utaforge``. A person sees a problem and its cure, never a traceback."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit code."""
+    from trainer.spec.errors import UtaforgeError
+
+    try:
+        return int(cli.main(list(arguments), prog_name="utaforge", standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        _complain("interrupted")
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 1
+    except UtaforgeError as error:
+        _complain(str(error))
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001  (the last resort: the traceback goes to a file)
+        return _unexpected(error)
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="utaforge")
+def cli() -> None:
+    """Fine-tune open music models on a Ray cluster from one YAML file."""
+
+
+def _job_argument(command: F) -> F:
+    command = click.argument("job_path", metavar="JOB")(command)
+    return click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field.")(command)
+
+
+def _store_options(command: F) -> F:
+    command = click.option("--job", "job_path", metavar="JOB", help="Use this job's store.")(command)
+    return click.option("--store", "store_url", metavar="URL", help="The store; else UTAFORGE_STORE.")(command)
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@cli.command()
+@_job_argument
+@_json
+def plan(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """What a job will do and take, before it does it."""
+    from launcher import show
+    from launcher.plan import plan as make_plan
+    from trainer.spec import load_job
+
+    planned = make_plan(load_job(job_path, overrides))
+    if as_json:
+        show.as_json(planned.as_json())
+    else:
+        show.plan(planned)
+
+
+@cli.command()
+@_job_argument
+@_json
+def prepare(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Make a job's songs into shards, here and now; submit does it too where it is missing."""
+    from trainer.spec import dump_job, load_job
+
+    job = load_job(job_path, overrides)
+    with tempfile.TemporaryDirectory(prefix="utaforge-") as folder:
+        resolved = Path(folder, "job.json")
+        resolved.write_text(dump_job(job), encoding="utf-8")
+        code = _trainer("trainer.driver", "--prepare-only", str(resolved), quiet=as_json)
+    if code:
+        raise click.exceptions.Exit(code)
+    _tell_dataset(job, as_json)
+
+
+@cli.command()
+@_job_argument
+@click.option("--run", "run_name", metavar="NAME", help="Continue this run, or start one of this name.")
+@click.option("--yes", is_flag=True, help="Do not ask, even where it costs money.")
+def submit(job_path: str, overrides: tuple[str, ...], run_name: str | None, yes: bool) -> None:
+    """Run a job: start the cluster, train, follow. The same job again continues where it was."""
+    from launcher import show
+    from launcher.plan import plan as make_plan
+    from launcher.runs import create_or_resume
+    from launcher.submit import submit as submit_run
+    from trainer.spec import load_job
+    from trainer.store import open_store
+
+    job = load_job(job_path, overrides)
+    planned = make_plan(job)
+    show.plan(planned)
+    open_store(job.store).check_writable()
+    if planned.usd is not None and not yes:
+        click.confirm(f"This costs at least {planned.usd:,.2f} USD. Go on?", abort=True)
+    chosen = create_or_resume(job, planned.as_json(), run_name)
+    click.echo(chosen.news)
+    outcome = submit_run(job, planned, chosen, click.echo)
+    show.summary(outcome, "" if _default_store() == job.store else f" --store {job.store}")
+
+
+@cli.command()
+@click.argument("run_name", metavar="RUN")
+@_store_options
+@_json
+def status(run_name: str, store_url: str | None, job_path: str | None, as_json: bool) -> None:
+    """How a run stands."""
+    from launcher import show
+
+    found = _run(run_name, store_url, job_path).status()
+    if as_json:
+        show.as_json(found.as_json())
+    else:
+        show.status(found)
+
+
+@cli.command(name="list")
+@_store_options
+@_json
+def list_(store_url: str | None, job_path: str | None, as_json: bool) -> None:
+    """All runs in the store."""
+    from launcher import show
+    from launcher.runs import all_runs
+
+    url = _store(store_url, job_path)
+    found: list[Status] = all_runs(url)
+    if as_json:
+        show.as_json([one.as_json() for one in found])
+    else:
+        show.runs(found, url)
+
+
+@cli.command()
+@click.argument("run_name", metavar="RUN")
+@click.option("-f", "--follow", is_flag=True, help="Stay until the run is over.")
+@_store_options
+def logs(run_name: str, follow: bool, store_url: str | None, job_path: str | None) -> None:
+    """What a run has said; -f: and what it says."""
+    from launcher.submit import readable
+
+    found = _run(run_name, store_url, job_path)
+    live = found.live_log() if follow else None
+    if live is not None:
+        for line in live:
+            if (shown := readable(line)) is not None:
+                click.echo(shown)
+        return
+    stored = found.stored_logs()
+    for name, text in stored.items():
+        click.echo(f"==> {name} <==\n{text}", nl=not text.endswith("\n"))
+    if not stored:
+        click.echo(f"run {found.name} has no logs yet; -f reads along while it runs", err=True)
+
+
+@cli.command()
+@click.argument("run_name", metavar="RUN")
+@_store_options
+def cancel(run_name: str, store_url: str | None, job_path: str | None) -> None:
+    """Stop a run that is at work; submitting its job again continues it."""
+    found = _run(run_name, store_url, job_path)
+    found.cancel()
+    click.echo(f"run {found.name} was stopped; its last checkpoint is of step {found.newest_commit()}")
+
+
+@cli.command()
+@click.argument("run_name", metavar="RUN")
+@click.option("--tags", help="Description of the song.")
+@click.option("--lyrics", help="Its lyrics, for families that sing.")
+@click.option("--seconds", type=float, help="Its length.")
+@click.option("--seed", type=int)
+@click.option("--n-samples", type=int, help="Songs for each prompt.")
+@click.option("--input-jsonl", metavar="FILE", help="Prompts, one JSON object a line.")
+@click.option("--guidance", type=float)
+@click.option("--temperature", type=float)
+@click.option("--top-k", type=int)
+@click.option("--step", metavar="STEP", help="best, last, base (without the adapter) or a number.")
+@click.option("--format", type=click.Choice(["wav", "flac", "mp3"]))
+@click.option("--output", metavar="DIR", help="Where the songs go.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]))
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]))
+@_store_options
+@_json
+def generate(
+    run_name: str, store_url: str | None, job_path: str | None, as_json: bool, **options: str | float | None
+) -> None:
+    """Make songs with what a run has learnt."""
+    given = [
+        part
+        for name, value in options.items()
+        if value is not None
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    found = _run(run_name, store_url, job_path)
+    flags = ["--json"] if as_json else []
+    raise click.exceptions.Exit(_trainer("trainer.validation.generate", found.url, *given, *flags))
+
+
+@cli.command()
+@click.argument("run_name", metavar="RUN")
+@_store_options
+def sync(run_name: str, store_url: str | None, job_path: str | None) -> None:
+    """Tell MLflow what it missed of a run while it was out of reach."""
+    raise click.exceptions.Exit(_trainer("trainer.tracking", _run(run_name, store_url, job_path).url))
+
+
+@cli.command()
+@click.option("-o", "--output", metavar="FILE", help="Write it here instead of printing it.")
+def schema(output: str | None) -> None:
+    """JSON Schema of a job file, for editors."""
+    import json
+
+    from trainer.spec import job_schema
+
+    text = json.dumps(job_schema(), ensure_ascii=False, indent=1) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(output).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
+
+
+@cli.command("demo-data")
+@click.argument("folder", metavar="DIR")
+def demo_data(folder: str) -> None:
+    """A dozen songs in two styles, made here, to try things with."""
+    raise click.exceptions.Exit(_trainer("trainer.data.demo", folder))
+
+
+@cli.command()
+@_store_options
+@_json
+def doctor(store_url: str | None, job_path: str | None, as_json: bool) -> None:
+    """What is missing on this machine, and the cure."""
+    from dataclasses import asdict
+
+    from launcher import show
+    from launcher.doctor import examine
+
+    job = _load(job_path)
+    found = list(examine(store_url or (job.store if job else _default_store()), job))
+    if as_json:
+        show.as_json([asdict(check) for check in found])
+    else:
+        show.checks(found)
+    raise click.exceptions.Exit(0 if all(check.ok for check in found) else 1)
+
+
+def _load(job_path: str | None) -> "Job | None":
+    if job_path is None:
+        return None
+    from trainer.spec import load_job
+
+    return load_job(job_path)
+
+
+def _default_store() -> str:
+    from trainer.store import open_store
+
+    return open_store(os.environ.get("UTAFORGE_STORE") or DEFAULT_STORE).url
+
+
+def _store(store_url: str | None, job_path: str | None) -> str:
+    if store_url:
+        return store_url
+    job = _load(job_path)
+    return job.store if job else _default_store()
+
+
+def _run(name: str, store_url: str | None, job_path: str | None) -> "Run":
+    from launcher.runs import find_run
+
+    return find_run(_store(store_url, job_path), name)
+
+
+def _trainer(module: str, *arguments: str, quiet: bool = False) -> int:
+    """Run a module of the trainer, which may import torch, in a process of its own; returns its exit code."""
+    from launcher.submit import environment
+
+    variables = {**os.environ, **environment(1)}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=variables, check=False, stdout=sys.stderr if quiet else None).returncode
+
+
+def _tell_dataset(job: "Job", as_json: bool) -> None:
+    """What the newest version of the first dataset holds (``trainer.data.dataset`` writes these manifests)."""
+    import json
+
+    from launcher import show
+    from trainer.store import open_store
+
+    url = job.data.train[0].dataset
+    store = open_store(url)
+    newest = max(entry.path for entry in store.list("versions"))
+    manifest: dict[str, Any] = json.loads(store.get(newest))
+    kept = {key: manifest[key] for key in ("songs", "seconds", "digest", "failures")}
+    told: dict[str, Any] = {"dataset": url, "version": int(Path(newest).stem), **kept}
+    if as_json:
+        show.as_json(told)
+        return
+    click.echo(f"{url}: version {told['version']}, {told['songs']} songs, {told['seconds'] / 60:.1f} minutes")
+    for failure in told["failures"]:
+        click.echo(f"  left out {failure['name']}: {failure['reason']}")
+
+
+def _unexpected(error: Exception) -> int:
+    if isinstance(error, BrokenPipeError):
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  (for what Python flushes at its end)
+        return 0
+    if os.environ.get("UTAFORGE_DEBUG"):
+        traceback.print_exception(error)
+        return 1
+    place = Path(tempfile.gettempdir(), f"utaforge-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt")
+    place.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    _complain(f"this is a fault of utaforge itself: {type(error).__name__}: {error}\n  → report it with {place}")
+    return 1
+
+
+def _complain(text: str) -> None:
+    click.echo(f"utaforge: {text}", err=True)
+
+
+if __name__ == "__main__":
+    main()

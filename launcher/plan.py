@@ -1,0 +1,242 @@
+"""Job × profile → everything that will happen, computed before it happens."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from launcher.memory import Load, Memory, Precision, Strategy, memory, most_positions
+from launcher.profiles import GIB, PROFILES, Profile, cores_here, ram_here
+from trainer.spec import Job, JobError
+from trainer.spec.families import FAMILIES, dims_of, lora_parameters, matches
+from trainer.spec.job import BatchSeconds
+from trainer.spec.model import Lora, MusicGen
+
+USABLE = 0.92
+"""Share of a device's memory that a plan may fill."""
+CPU_MICRO_SECONDS = 60.0
+"""On CPUs larger micro-batches gain nothing."""
+SEGMENT_SECONDS = 30.0
+"""Of families that do not cut songs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do.
+
+    Attributes:
+        job: its name.
+        family: for people.
+        method: for people.
+        profile: hardware shape.
+        backend: where the cluster comes from.
+        device: of each rank.
+        ranks: processes that train, one device each.
+        strategy: how states are spread over them.
+        precision: of the computation.
+        batch_seconds: audio in one optimizer step, over all ranks, at most.
+        micro_seconds: audio in one forward pass on one rank, padding included.
+        micro_batches: forward passes of one rank in one step, about.
+        steps: optimizer steps.
+        trained: parameters trained.
+        frozen: parameters not trained.
+        memory: bytes of one rank, by part.
+        device_bytes: that one rank can have.
+        hours: the least it can take; None where nothing can be said.
+        hours_basis: what that rests on.
+        usd: the least it can cost; None where nobody sends a bill or hours are unknown.
+        usd_basis: what that rests on.
+        checks: what looks odd and is allowed.
+    """
+
+    job: str
+    family: str
+    method: str
+    profile: str
+    backend: str
+    device: Literal["cpu", "cuda"]
+    ranks: int
+    strategy: Strategy
+    precision: Precision
+    batch_seconds: float
+    micro_seconds: float
+    micro_batches: int
+    steps: int
+    trained: int
+    frozen: int
+    memory: Memory
+    device_bytes: int
+    hours: float | None
+    hours_basis: str
+    usd: float | None
+    usd_basis: str
+    checks: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json`` and for ``plan.json``, which the trainer reads."""
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+
+
+def plan(job: Job) -> Plan:
+    """The plan of ``job``.
+
+    Raises:
+        JobError: it cannot fit, with what would make it fit.
+    """
+    profile = PROFILES[job.cluster.profile]
+    ranks = job.cluster.workers or profile.gpus or 1
+    device_bytes = profile.gpu_bytes or int(ram_here() / ranks)
+    strategy, load = _strategy(job, profile, ranks, device_bytes)
+    batch_seconds, micro_seconds = _batch(job), load.positions / _frame_rate(job)
+    hours, hours_basis = _hours(job, profile, load, batch_seconds)
+    usd, usd_basis = _usd(job, profile, ranks, hours)
+    return Plan(
+        job=job.name,
+        family=FAMILIES[job.model.family].title,
+        method=_method(job),
+        profile=profile.name,
+        backend=job.cluster.backend,
+        device="cuda" if profile.gpu else "cpu",
+        ranks=ranks,
+        strategy=strategy,
+        precision=load.precision,
+        batch_seconds=batch_seconds,
+        micro_seconds=micro_seconds,
+        micro_batches=max(1, round(batch_seconds / ranks / micro_seconds)),
+        steps=job.train.steps,
+        trained=load.trained,
+        frozen=load.frozen,
+        memory=memory(load),
+        device_bytes=device_bytes,
+        hours=hours,
+        hours_basis=hours_basis,
+        usd=usd,
+        usd_basis=usd_basis,
+        checks=tuple(_checks(job, profile, ranks, batch_seconds)),
+    )
+
+
+def _strategy(job: Job, profile: Profile, ranks: int, device_bytes: int) -> tuple[Strategy, Load]:
+    """The first strategy that fits, of those the job allows, with the micro-batch that it then has."""
+    wanted = job.train.strategy
+    allowed: tuple[Strategy, ...] = ("ddp", "zero2", "zero3") if wanted == "auto" else (wanted,)
+    for strategy in allowed if ranks > 1 or wanted != "auto" else ("ddp",):
+        load = _load(job, profile, ranks, strategy)
+        fitting = most_positions(load, int(device_bytes * USABLE))
+        if (positions := _positions(job, profile, ranks, fitting)) is not None:
+            return strategy, replace(load, positions=positions)
+    raise _too_large(job, profile, ranks, allowed[-1], device_bytes)
+
+
+def _load(job: Job, profile: Profile, ranks: int, strategy: Strategy) -> Load:
+    family, dims = FAMILIES[job.model.family], dims_of(job.model)
+    trained, frozen, adapted = dims.parameters, 0, 0
+    if isinstance(job.method, Lora):
+        targets = family.targets(job.method)
+        trained = lora_parameters(family, dims, job.method.rank, targets, dora=job.method.dora)
+        frozen = dims.parameters
+        modules = family.modules(dims)
+        adapted = sum(len(modules[name]) for name in modules if any(matches(name, target) for target in targets))
+    precision = _precision(job, profile)
+    checkpointing, gpu = job.train.gradient_checkpointing, profile.gpu is not None
+    return Load(dims, trained, frozen, adapted, precision, strategy, ranks, 0, checkpointing, gpu)
+
+
+def _positions(job: Job, profile: Profile, ranks: int, fitting: int) -> int | None:
+    """Positions of a micro-batch: as the job says, else what fits and a rank's share has; None if too few fit."""
+    rate = _frame_rate(job)
+    segment = _segment_seconds(job)
+    if given := job.train.batch.micro_seconds:
+        return round(given * rate) if given * rate <= fitting else None
+    share = max(segment, _batch(job) / ranks)
+    wanted = share if profile.gpu else min(share, max(segment, CPU_MICRO_SECONDS))
+    return min(fitting, round(wanted * rate)) if fitting >= segment * rate else None
+
+
+def _too_large(job: Job, profile: Profile, ranks: int, strategy: Strategy, device_bytes: int) -> JobError:
+    seconds = job.train.batch.micro_seconds or _segment_seconds(job)
+    load = replace(_load(job, profile, ranks, strategy), positions=round(seconds * _frame_rate(job)))
+    needed = memory(load)
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(needed).items())
+    where = f"a {profile.gpu}" if profile.gpu else "each worker of this machine"
+    cures = [
+        "lower train.batch.micro_seconds" if job.train.batch.micro_seconds else "lower model.segment_seconds",
+        *(["set train.gradient_checkpointing: true"] if not job.train.gradient_checkpointing else []),
+        *(["set train.strategy: auto"] if job.train.strategy != "auto" else []),
+        *(["use method: {type: lora}"] if not isinstance(job.method, Lora) else []),
+        "use fewer cluster.workers" if profile.gpu is None else "use another cluster.profile",
+    ]
+    return JobError(
+        f"{job.name} does not fit: {seconds:g} s of audio under {strategy} need {needed.total / GIB:.1f} GiB "
+        f"on each rank ({parts}); {where} has {device_bytes * USABLE / GIB:.1f} GiB to give",
+        "; or ".join(cures),
+    )
+
+
+def _precision(job: Job, profile: Profile) -> Precision:
+    if job.train.precision != "auto":
+        return job.train.precision
+    if profile.gpu is None:
+        return "fp32"
+    return "bf16" if profile.bf16 else "fp16"
+
+
+def _batch(job: Job) -> float:
+    batch = job.train.batch
+    return batch.seconds if isinstance(batch, BatchSeconds) else batch.songs * _segment_seconds(job)
+
+
+def _segment_seconds(job: Job) -> float:
+    return job.model.segment_seconds if isinstance(job.model, MusicGen) else SEGMENT_SECONDS
+
+
+def _frame_rate(job: Job) -> float:
+    return FAMILIES[job.model.family].frame_rate
+
+
+def _method(job: Job) -> str:
+    if not isinstance(job.method, Lora):
+        return "full fine-tuning"
+    targets = ", ".join(FAMILIES[job.model.family].targets(job.method))
+    return f"LoRA rank {job.method.rank}, alpha {job.method.alpha:g} on {targets}"
+
+
+def _hours(job: Job, profile: Profile, load: Load, batch_seconds: float) -> tuple[float | None, str]:
+    """The least that the arithmetic takes: per position 2 operations a parameter forward, 2 back, 2 if it is trained.
+
+    Source of the count: Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section 2.1.
+    """
+    if profile.peak_flops is None:
+        return None, "not estimated: CPUs differ too much; the progress line tells once it runs"
+    positions = batch_seconds * _frame_rate(job) * job.train.steps
+    operations = positions * (4 * (load.trained + load.frozen) + 2 * load.trained)
+    hours = operations / (profile.peak_flops * load.ranks) / 3600
+    return (
+        hours,
+        f"at least: {profile.gpu}s at their full {profile.peak_flops / 1e12:.0f} TFLOP/s; real runs take longer",
+    )
+
+
+def _usd(job: Job, profile: Profile, ranks: int, hours: float | None) -> tuple[float | None, str]:
+    if job.cluster.backend == "local":
+        return None, "this machine"
+    if profile.usd_per_hour is None or hours is None:
+        return None, "no price known"
+    machines = -(-ranks // max(profile.gpus, 1))
+    return hours * machines * profile.usd_per_hour, f"at least: {machines} × {profile.priced_as}, on demand, list price"
+
+
+def _checks(job: Job, profile: Profile, ranks: int, batch_seconds: float) -> Iterator[str]:
+    train = job.train
+    if train.schedule.warmup > train.steps / 2:
+        yield f"train.schedule.warmup: {train.schedule.warmup} of {train.steps} steps are warm-up"
+    if batch_seconds < ranks * _segment_seconds(job):
+        yield (
+            f"train.batch: {batch_seconds:g} s for {ranks} ranks is less than a "
+            f"{_segment_seconds(job):g} s segment each; some ranks may idle in a step"
+        )
+    if job.checkpoint.every > train.steps:
+        yield f"checkpoint.every: {job.checkpoint.every} is more than {train.steps} steps; only the end is saved"
+    if not job.validation.prompts:
+        yield "validation.prompts: none, so no audio is rendered"
+    if profile.gpu is None and ranks > cores_here():
+        yield f"cluster.workers: {ranks} workers share {cores_here()} cores"

@@ -1,0 +1,171 @@
+"""What the commands print: tables on a terminal, plain text elsewhere, JSON on request."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.doctor import Check
+from launcher.plan import Plan
+from launcher.profiles import GIB
+from launcher.runs import Run, Status
+from launcher.submit import Outcome
+
+Row = tuple[str, str]
+_STYLES = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+
+
+def console() -> Console:
+    """Standard output; lines are never wrapped or coloured when they go to a file or a pipe."""
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def as_json(value: Any) -> None:
+    """Print JSON for programs."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def plan(planned: Plan) -> None:
+    """Print a plan."""
+    memory = planned.memory
+    parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "activations", "overhead")}
+    split = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    micro = f"{planned.ranks} ranks × about {planned.micro_batches} × {planned.micro_seconds:g} s"
+    sizes = f"{_count(planned.trained + planned.frozen)} parameters, {_count(planned.trained)} trained"
+    rows = [
+        (
+            "model",
+            f"{planned.family}, {sizes}",
+        ),
+        ("method", planned.method),
+        ("cluster", f"{planned.backend}, {planned.profile}, {planned.ranks} ranks on {planned.device}"),
+        ("how", f"{planned.strategy}, {planned.precision}"),
+        ("batch", f"{planned.batch_seconds:g} s = {micro}"),
+        ("steps", f"{planned.steps:,} ({_hours(planned.steps * planned.batch_seconds / 3600)} of audio)"),
+        ("memory", f"{_size(memory.total)} of {_size(planned.device_bytes)} on each rank: {split}"),
+        (
+            "time",
+            f"{_hours(planned.hours)} ({planned.hours_basis})" if planned.hours is not None else planned.hours_basis,
+        ),
+        (
+            "money",
+            f"{planned.usd:,.2f} USD ({planned.usd_basis})"
+            if planned.usd is not None
+            else f"none: {planned.usd_basis}",
+        ),
+        *(("note", check) for check in planned.checks),
+    ]
+    _rows(f"plan of {planned.job}", rows)
+
+
+def status(found: Status) -> None:
+    """Print how one run stands."""
+    rows = [
+        ("state", str(found)),
+        ("loss", _loss(found.loss)),
+        ("attempts", f"{found.attempts}, the last on {found.backend}" if found.attempts else "none"),
+        ("heard of", found.updated or "never"),
+        ("run directory", found.url),
+    ]
+    if found.problem:
+        rows += [("problem", found.problem), ("cure", found.cure or "")]
+    _rows(f"run {found.name}", rows)
+
+
+def runs(found: Sequence[Status], store_url: str) -> None:
+    """Print all runs."""
+    if not found:
+        console().print(f"no runs in {escape(store_url)}")
+        return
+    table = Table("run", "state", "step", "loss", "attempts", "heard of", box=_box())
+    for one in found:
+        state = f"[{_STYLES[one.state]}]{one.state}[/]"
+        table.add_row(one.name, state, f"{one.step}/{one.steps}", _loss(one.loss), str(one.attempts), one.updated or "")
+    console().print(table)
+
+
+def checks(found: Sequence[Check]) -> None:
+    """Print what the doctor found."""
+    out = console()
+    for check in found:
+        mark = "[green]ok  [/]" if check.ok else "[red]FAIL[/]"
+        out.print(f"{mark} {escape(check.name)}: {escape(check.found)}")
+        if not check.ok:
+            out.print(f"       → {escape(check.cure)}")
+
+
+def summary(outcome: Outcome, store_option: str) -> None:
+    """Print what a finished run has brought."""
+    run, result = outcome.run, outcome.run.result or {}
+    before, after = result.get("loss_before"), result.get("loss_after")
+    rows = [
+        ("held-out loss", f"{_loss(before)} → {_loss(after)} after {result.get('steps', run.job.train.steps)} steps"),
+        (
+            "adapter" if run.job.method.type == "lora" else "model",
+            _place(run, result.get("adapter") or result.get("model")),
+        ),
+        ("checkpoints", _place(run, "checkpoints")),
+        ("audio", _place(run, "audio") if run.job.validation.prompts else "none: the job has no validation.prompts"),
+        ("MLflow", _mlflow(run)),
+        ("generate more", f"utaforge generate {run.name}{store_option} --tags 'gentle, 子守唄' --seconds 8"),
+        ("took", _clock(outcome.seconds)),
+    ]
+    _rows(f"run {run.name} is finished", rows)
+
+
+def _rows(title: str, rows: Sequence[Row]) -> None:
+    table = Table(title=escape(title), title_justify="left", show_header=False, box=_box())
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    if not sys.stdout.isatty():
+        sys.stdout.write("\n".join([title, *(f"  {name}: {value}" for name, value in rows), ""]))
+        return
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    console().print(table)
+
+
+def _box() -> box.Box | None:
+    return box.ROUNDED if sys.stdout.isatty() else None
+
+
+def _place(run: Run, path: object) -> str:
+    """A place in the run directory, as a path where this machine has it."""
+    place = run.store.at(str(path)) if path else run.store
+    return str(place.local or place.url)
+
+
+def _mlflow(run: Run) -> str:
+    uri = run.job.tracking.mlflow
+    if uri and uri.startswith("http"):
+        return uri
+    return "http://127.0.0.1:5000 after: make ui"
+
+
+def _loss(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "–"
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.1f} MiB"
+
+
+def _count(parameters: int) -> str:
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if parameters >= unit:
+            return f"{parameters / unit:.1f} {name}"
+    return f"{parameters:,}"
+
+
+def _hours(hours: float | None) -> str:
+    return "–" if hours is None else f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,160 @@
+"""Submitting: a job becomes a run on a cluster, followed to its end."""
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.backends import open_backend
+from launcher.backends.base import Jobs, JobStatus, Say
+from launcher.plan import Plan
+from launcher.profiles import cores_here
+from launcher.runs import Attempt, Chosen, Run
+from trainer.spec import ClusterError, DataError, Job, StoreError, TrainingError, UtaforgeError
+
+log = logging.getLogger(__name__)
+INTERRUPTED = 130
+STOP_SECONDS = 20.0
+_KINDS = {kind.exit_code: kind for kind in (UtaforgeError, StoreError, DataError, ClusterError, TrainingError)}
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_FROM_RANK = re.compile(r"^\((?:RayTrainWorker|run_rank_of) pid=\d+(?:, ip=[^)]+)?\) ?")
+_OF_RAY = re.compile(
+    r"^\(\w+ pid=\d+|^\[?\d{4}-\d\d-\d\d[ T][\d:,.]+.*\.(?:py|cc):\d+"
+    r"|^Running entrypoint for job|^Setting up process group"
+)
+
+
+class Interrupted(UtaforgeError):
+    """The run was stopped on somebody's wish."""
+
+    exit_code = INTERRUPTED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that has its result.
+
+    Attributes:
+        run: the run.
+        seconds: this submission took.
+    """
+
+    run: Run
+    seconds: float
+
+
+def home() -> Path:
+    """What runs on this machine share (compiled operators, the local MLflow): ``UTAFORGE_HOME`` or ``./.utaforge``."""
+    return Path(os.environ.get("UTAFORGE_HOME") or ".utaforge").resolve()
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """Variables that the processes of a run need."""
+    here = home()
+    wanted = {
+        "UTAFORGE_HOME": str(here),
+        "TORCH_EXTENSIONS_DIR": str(here / "cache" / "torch_extensions"),
+        "OMP_NUM_THREADS": str(max(1, cores_here() // ranks)),
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def submit(job: Job, planned: Plan, chosen: Chosen, say: Say) -> Outcome:
+    """Run the chosen run on its cluster until it is over; blocks, and leaves nothing running.
+
+    Args:
+        job: the job.
+        planned: its plan.
+        chosen: the run, from ``create_or_resume``.
+        say: takes the lines of progress.
+
+    Raises:
+        UtaforgeError: what ended the run, with its own exit code.
+        Interrupted: Ctrl-C here, or ``utaforge cancel``.
+    """
+    started, run = time.monotonic(), chosen.run
+    with open_backend(job, planned, environment(planned.ranks)) as backend:
+        try:
+            jobs = backend.start(say)
+        except KeyboardInterrupt:
+            raise _interrupted(run) from None
+        attempt = run.begin_attempt(backend, jobs)
+        status = _see_through(run, jobs, attempt, say)
+    _judge(run, attempt, status)
+    return Outcome(run, time.monotonic() - started)
+
+
+def readable(line: str) -> str | None:
+    """A line of a run's log as people want it: without Ray's marks, and None if it is about Ray alone."""
+    plain = _FROM_RANK.sub("", _COLOUR.sub("", line))
+    return None if _OF_RAY.match(plain) or not plain.strip() else plain
+
+
+def _see_through(run: Run, jobs: Jobs, attempt: Attempt, say: Say) -> JobStatus | None:
+    told: list[str] = []
+    try:
+        jobs.submit(attempt.submission, [sys.executable, "-m", "trainer.driver", run.url])
+        _tell(jobs.follow(attempt.submission), told, say)
+        return jobs.status(attempt.submission)
+    except KeyboardInterrupt:
+        say("stopping the run")
+        _stop(jobs, attempt)
+        raise _interrupted(run) from None
+    finally:
+        _store_log(run, told)
+
+
+def _tell(lines: Iterable[str], told: list[str], say: Say) -> None:
+    everything = bool(os.environ.get("UTAFORGE_DEBUG"))
+    for line in lines:
+        told.append(line)
+        shown = line if everything else readable(line)
+        if shown is not None:
+            say(shown)
+
+
+def _stop(jobs: Jobs, attempt: Attempt) -> None:
+    """Give the run a chance to end by itself; closing the cluster ends it anyway."""
+    with suppress(ClusterError, KeyboardInterrupt):
+        jobs.stop(attempt.submission)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and (status := jobs.status(attempt.submission)) and not status.over:
+            time.sleep(0.2)
+
+
+def _store_log(run: Run, told: list[str]) -> None:
+    try:
+        run.store.put("logs/driver.log", "\n".join([*told, ""]).encode())
+    except StoreError as error:
+        log.warning("the log was not stored: %s", error.problem)
+
+
+def _judge(run: Run, attempt: Attempt, status: JobStatus | None) -> None:
+    """Raise what ended the run, unless it has its result. The status decides; the run directory says why."""
+    if status and status.state == "stopped":
+        raise _interrupted(run)
+    if status and status.state == "succeeded":
+        if not run.finished:
+            raise ClusterError(
+                f"run {run.name} ended without a result", f"see utaforge logs {run.name}; then submit again"
+            )
+        return
+    failure = run.failure(attempt)
+    if failure:
+        error = _KINDS.get(failure.get("exit_code", TrainingError.exit_code), TrainingError)
+        raise error(str(failure["problem"]), str(failure["cure"]))
+    raise ClusterError(
+        f"run {run.name} failed: {status.message.strip() if status else 'its cluster has lost it'}",
+        f"see utaforge logs {run.name}; submitting again continues at step {run.newest_commit()}",
+    )
+
+
+def _interrupted(run: Run) -> Interrupted:
+    step = run.newest_commit()
+    where = f"at its last checkpoint, step {step}" if step else "from the beginning, since it had no checkpoint yet"
+    return Interrupted(f"run {run.name} was stopped", f"submit the same job again: it continues {where}")
