@@ -118,8 +118,9 @@ def plan(job: Job) -> Plan:
 def _strategy(job: Job, profile: Profile, ranks: int, device_bytes: int) -> tuple[Strategy, Load]:
     """The first strategy that fits, of those the job allows, with the micro-batch that it then has."""
     wanted = job.train.strategy
-    allowed: tuple[Strategy, ...] = ("ddp", "zero2", "zero3") if wanted == "auto" else (wanted,)
-    for strategy in allowed if ranks > 1 or wanted != "auto" else ("ddp",):
+    every: tuple[Strategy, ...] = ("ddp", "zero2", "zero3") if ranks > 1 else ("ddp",)
+    allowed = every if wanted == "auto" else (wanted,)
+    for strategy in allowed:
         load = _load(job, profile, ranks, strategy)
         fitting = most_positions(load, int(device_bytes * USABLE))
         if (positions := _positions(job, profile, ranks, fitting)) is not None:

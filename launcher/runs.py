@@ -156,7 +156,7 @@ class Run:
             str(backend.token_file) if backend.token_file else None,
         )
         if not self.store.create(f"{_ATTEMPTS}/{number:04d}.json", json.dumps(asdict(attempt), indent=1).encode()):
-            raise _busy(self.name, "by another submit, this very moment")
+            raise _busy(self.name, "started by another submit this very moment")
         return attempt
 
     def refuse_if_running(self) -> None:
@@ -404,7 +404,7 @@ def _other_job(name: str, differing: list[str]) -> JobError:
 
 def _busy(name: str, where: str) -> ClusterError:
     return ClusterError(
-        f"run {name} is being worked on {where}",
+        f"run {name} is at work already, {where}",
         f"wait for it (utaforge logs -f {name}), stop it (utaforge cancel {name}), or start another: --run NEW-NAME",
     )
 
