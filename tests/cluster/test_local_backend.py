@@ -12,8 +12,18 @@ import pytest
 
 from launcher.backends.local import LocalBackend
 from launcher.backends.ray_jobs import RayJobs
+from launcher.runs import create_or_resume
+from trainer.spec import load_job
 from trainer.spec.errors import ClusterError
 
+JOB = """\
+name: demo
+store: {store}
+model: {{family: musicgen, pretrained: "random:tiny"}}
+method: {{type: lora}}
+data: {{train: [{{dataset: {store}/songs}}]}}
+train: {{steps: 1, batch: {{seconds: 60}}}}
+"""
 LINES = 60
 LOOPBACK = "0100007F"
 
@@ -25,7 +35,7 @@ def cluster() -> Iterator[tuple[LocalBackend, RayJobs]]:
 
 
 def outcome(jobs: RayJobs, name: str, program: str) -> list[str]:
-    jobs.submit(name, [sys.executable, "-c", program], {})
+    jobs.submit(name, [sys.executable, "-c", program])
     return list(jobs.follow(name))
 
 
@@ -75,7 +85,7 @@ def test_a_submission_made_twice_runs_once_and_can_be_stopped(
         f"open({str(tmp_path / 'started')!r}, 'a').write('x'); print('here', flush=True); import signal; signal.pause()"
     )
     for _ in range(2):
-        jobs.submit("stops", [sys.executable, "-c", program], {})
+        jobs.submit("stops", [sys.executable, "-c", program])
     for line in jobs.follow("stops"):
         if line == "here":
             jobs.stop("stops")
@@ -85,12 +95,35 @@ def test_a_submission_made_twice_runs_once_and_can_be_stopped(
     assert (tmp_path / "started").read_text() == "x"
 
 
+def test_a_run_at_work_takes_no_second_submit_is_read_along_and_cancelled(
+    cluster: tuple[LocalBackend, RayJobs], tmp_path: Path
+) -> None:
+    backend, jobs = cluster
+    path = tmp_path / "demo.yaml"
+    path.write_text(JOB.format(store=f"file://{tmp_path}/store"), encoding="utf-8")
+    job = load_job(path)
+    run = create_or_resume(job, {}).run
+    attempt = run.begin_attempt(backend, jobs)
+    program = "print('始めます', flush=True); import signal; signal.pause()"
+    jobs.submit(attempt.submission, [sys.executable, "-c", program])
+    assert run.status().state == "running"
+    with pytest.raises(ClusterError, match="run demo is at work already, on "):
+        create_or_resume(job, {})
+    live = run.live_log()
+    assert live is not None
+    assert "始めます" in live
+    run.cancel()
+    assert run.status().state == "stopped"
+    assert run.live_log() is None
+    assert create_or_resume(job, {}).news == "run demo: starts again, it had no checkpoint"
+
+
 def test_only_the_token_opens_the_cluster_and_only_on_the_loopback(cluster: tuple[LocalBackend, RayJobs]) -> None:
     backend, jobs = cluster
     assert backend.token_file is not None
     assert backend.token_file.stat().st_mode & 0o077 == 0
     with pytest.raises(ClusterError, match="refused: 40"):
-        RayJobs(jobs.address).submit("intruder", ["true"], {})
+        RayJobs(jobs.address).submit("intruder", ["true"])
     inodes = {str(link.readlink()) for pid in cluster_pids(backend.token_file.parent) for link in links(pid)}
     addresses = {address for address, inode in listeners() if f"socket:[{inode}]" in inodes}
     assert addresses <= {LOOPBACK, f"0000000000000000FFFF0000{LOOPBACK}"}
