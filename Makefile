@@ -63,7 +63,7 @@ bench: $(READY) ## measure, and write tests/bench/results
 	@$(BIN)/python -m tests.bench
 
 demo-base: $(READY) ## make builtin:pocket again (codebooks and base network)
-	@$(BIN)/python -m tests.tools.demo_base
+	@$(BIN)/python -m trainer.builtin
 
 goldens: $(READY) ## write the golden files again, to be read in the diff
 	@$(BIN)/python -m tests.tools.goldens

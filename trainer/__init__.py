@@ -1,0 +1,1 @@
+"""Models, data and training: what runs on the cluster."""

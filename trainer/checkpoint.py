@@ -4,11 +4,8 @@ A checkpoint is a folder ``step-00000050/`` of files and a ``manifest.json`` wit
 is put last and only if there is none yet: its existence *is* the commit, and a reader trusts nothing else.
 """
 
-import base64
-import json
 import logging
 import math
-import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from trainer.spec.errors import StoreError
 from trainer.spec.job import Keep
@@ -189,43 +183,9 @@ def folder_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def pack_rng() -> bytes:
-    """The state of Python's, numpy's and torch's (CPU, all GPUs) global generators, as JSON."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = {
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
-        "torch": _text(torch.get_rng_state()),
-        "cuda": [_text(device) for device in devices],
-    }
-    return json.dumps(state).encode()
-
-
-def unpack_rng(packed: bytes) -> None:
-    """Put the global generators back to what ``pack_rng`` saw; GPUs that are not here are passed over."""
-    state = json.loads(packed)
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_tensor(state["torch"]))
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for device, packed_device in enumerate(state["cuda"][:here]):
-        torch.cuda.set_rng_state(_tensor(packed_device), device)
-
-
 def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by_loss(commits: list[Commit]) -> list[Commit]:
     return sorted(commits, key=lambda commit: (commit.validation_loss, -commit.step))
-
-
-def _text(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,14 +1,11 @@
 """Checkpoints against a real ``file://`` store."""
 
 import json
-import random
 import time
 
-import numpy as np
 import pytest
-import torch
 
-from trainer.checkpoint import Checkpoints, pack_rng, unpack_rng
+from trainer.checkpoint import Checkpoints
 from trainer.spec.errors import StoreError
 from trainer.spec.job import Keep
 from trainer.store import open_store
@@ -142,15 +139,3 @@ def test_nothing_is_committed_before_the_journal_is_in_the_store(checkpoints, st
     checkpoints.save(10, {"a": b"x"}, {}, before=lambda: seen.append(list(store.list())))
     checkpoints.wait()
     assert seen == [[]]
-
-
-def test_all_global_generators_go_on_where_they_were():
-    def draw():
-        return random.random(), np.random.standard_normal(3).tolist(), torch.randn(3).tolist()
-
-    np.random.standard_normal()
-    packed = pack_rng()
-    first = draw()
-    draw()
-    unpack_rng(packed)
-    assert draw() == first

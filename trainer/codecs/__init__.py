@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from trainer.spec.families import codec_of
 from trainer.spec.model import Model
 
 from .base import Codec
@@ -10,8 +11,8 @@ _CODECS = {"pocket": "trainer.codecs.pocket:PocketCodec"}
 
 
 def open_codec(model: Model) -> Codec:
-    """The codec that a job's ``model:`` section names, with its weights."""
-    module, name = _CODECS[model.codec.name or "pocket"].split(":")
+    """The codec of a job's ``model:`` section, with its weights."""
+    module, name = _CODECS[codec_of(model)].split(":")
     return getattr(import_module(module), name).open(model)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,23 @@ def prepare(job: Job, progress: Progress | None = None) -> Dataset:
         raise DataError("the job has no data.prepare section", "name a source of songs there")
     tools = Tools(spec, open_codec(job.model), open_family(job.model), job.model.family)
     return prepare_songs(job.data.train[0].dataset, tools, progress)
+
+
+def progress_lines(seconds: float = 5.0) -> Progress:
+    """A ``Progress`` that logs a line with rate and time left: the first, the last, and one every few ``seconds``."""
+    begin = time.monotonic()
+    told = -math.inf
+
+    def progress(done: int, total: int, name: str, failure: Failure | None) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if done < total and now - told < seconds:
+            return
+        told = now
+        rate = done / max(now - begin, 1e-3)
+        log.info("prepared %d/%d songs · %.1f songs/s · %.0f s left", done, total, rate, (total - done) / rate)
+
+    return progress
 
 
 @dataclass(frozen=True)

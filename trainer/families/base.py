@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,10 +55,27 @@ class Family(ABC):
 
     terms: Mapping[str, float]
     """Loss terms and their weights: total = Σ weight · sum / count."""
+    frame_rate: float
+    """Frames per second of the codes."""
+    codebooks: int
+    vocabulary: int
+    """Codes that the network knows, in each codebook."""
+    segment_seconds: float
+    """Longer songs are cut into segments of at most this length."""
 
     @abstractmethod
     def network(self) -> nn.Module:
         """The network with the weights of ``model.pretrained``, on the CPU in fp32, strictly loaded."""
+
+    @abstractmethod
+    def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
+        """Write ``network`` into ``folder`` as a release that ``model.pretrained`` can name.
+
+        Args:
+            network: as ``network()`` gave it.
+            folder: is made.
+            values: trained parameters by name, where those in ``network`` are sharded or rounded.
+        """
 
     @abstractmethod
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:

@@ -123,10 +123,20 @@ def test_an_unknown_builtin_or_random_network_is_refused() -> None:
 
 
 def test_a_saved_network_is_read_back_in_half_precision(tmp_path: Path) -> None:
-    network = load_network(open_release("random:tiny"), dropout=0.0)
-    save_network(network, tmp_path, torch.float16)
+    release = open_release("random:tiny")
+    network = load_network(release, dropout=0.0)
+    save_network(release, network, tmp_path, dtype=torch.float16)
     back = load_network(open_release(tmp_path.as_uri()), dropout=0.0)
     assert all(
         torch.equal(value.half().float(), back.state_dict()[name]) for name, value in network.state_dict().items()
     )
     assert family_of(tmp_path).conditions([{"tags": "祭り"}])[0]["text_hidden"].shape == (1, 64)
+
+
+def test_a_trained_release_keeps_its_text_encoder_and_takes_the_trained_values(release: Path, tmp_path: Path) -> None:
+    family = family_of(release)
+    family.save(family.network(), tmp_path / "歌", {"enc_to_dec_proj.bias": torch.full((32,), 7.0)})
+    back = family_of(tmp_path / "歌")
+    assert back.network().enc_to_dec_proj.bias.tolist() == [7.0] * 32
+    hidden = [either.conditions([{"tags": "祭り"}])[0]["text_hidden"] for either in (family, back)]
+    assert np.array_equal(*hidden)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from .generate import generate
 from .network import MusicGenNetwork, unwrapped
 from .objective import delay
 from .text import TextEncoder, open_text_encoder
-from .weights import Release, load_network, open_release
+from .weights import Release, load_network, open_release, save_network
 
-FRAME_RATE = 50
+FRAME_RATE = 50.0
 """Frames per second, of EnCodec at 32 kHz and of the pocket codec alike."""
 
 
@@ -29,17 +30,34 @@ class MusicGenFamily(Family):
     The loss is ``ce``; ``ce/0`` … ``ce/3``, one per codebook, are for the eye.
     """
 
+    frame_rate = FRAME_RATE
+
     def __init__(self, model: MusicGen) -> None:
         self.model = model
+        self.segment_seconds = model.segment_seconds
 
     @cached_property
     def terms(self) -> Mapping[str, float]:
         """``ce`` counts; the codebooks' own terms have no weight."""
-        return {"ce": 1.0, **{f"ce/{k}": 0.0 for k in range(self._books)}}
+        return {"ce": 1.0, **{f"ce/{k}": 0.0 for k in range(self.codebooks)}}
+
+    @cached_property
+    def codebooks(self) -> int:
+        """Of the network's configuration."""
+        return self.release.decoder_config(0.0).num_codebooks
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Of the network's configuration."""
+        return self.release.decoder_config(0.0).vocab_size
 
     def network(self) -> MusicGenNetwork:
         """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
-        return load_network(self._release, self.model.dropout)
+        return load_network(self.release, self.model.dropout)
+
+    def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
+        """Write the network in the format of the official release."""
+        save_network(self.release, unwrapped(network), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """``text_hidden`` [L, text_width], float16, of each song's tags."""
@@ -62,7 +80,7 @@ class MusicGenFamily(Family):
         frames = int(length.sum())
         padded = torch.stack([nn.functional.pad(song, (0, int(length.max()) - song.shape[-1])) for song in codes])
         tensors = {"codes": padded, "length": length, "text_hidden": hidden, "text_mask": mask}
-        counts = {term: float(frames * self._books if term == "ce" else frames) for term in self.terms}
+        counts = {term: float(frames * self.codebooks if term == "ce" else frames) for term in self.terms}
         return Batch(tensors, counts, frames)
 
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -88,23 +106,20 @@ class MusicGenFamily(Family):
         return generate(network, frames, [prompt.seed for prompt in prompts], *text, sampling)
 
     @cached_property
-    def _release(self) -> Release:
+    def release(self) -> Release:
+        """Where the weights are, and their shape."""
         return open_release(self.model.pretrained)
 
     @cached_property
     def _text(self) -> TextEncoder:
-        return open_text_encoder(self._release, self.model.text_encoder)
-
-    @cached_property
-    def _books(self) -> int:
-        return self._release.decoder_config(0.0).num_codebooks
+        return open_text_encoder(self.release, self.model.text_encoder)
 
     @cached_property
     def _positions(self) -> int:
-        return self._release.decoder_config(0.0).max_position_embeddings
+        return self.release.decoder_config(0.0).max_position_embeddings
 
     def _check_length(self, frames: int, whose: str) -> None:
-        most = self._positions - self._books + 1
+        most = self._positions - self.codebooks + 1
         if frames > most:
             raise DataError(
                 f"{whose} has {frames} frames ({frames / FRAME_RATE:.1f} s), the network has positions for {most}",

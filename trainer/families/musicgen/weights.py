@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,11 @@ def open_release(url: str) -> Release:
             raise UtaforgeError(
                 f"model.pretrained: there is no {url!r}", f"write one of random:{', random:'.join(RANDOM)}"
             )
-        return Release(url, None, {"decoder": RANDOM[rest], "text_encoder": {"d_model": RANDOM_TEXT_WIDTH[rest]}})
+        return Release(
+            url,
+            None,
+            {"decoder": RANDOM[rest], "text_encoder": {"model_type": "hashed", "d_model": RANDOM_TEXT_WIDTH[rest]}},
+        )
     folder = _builtin(rest) if scheme == "builtin" else local_folder(url)
     return Release(url, folder, _read_config(folder, url))
 
@@ -104,17 +109,36 @@ def load_network(release: Release, dropout: float) -> MusicGenNetwork:
     return network
 
 
-def save_network(network: MusicGenNetwork, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``network`` as a release that ``open_release`` reads back."""
+def save_network(
+    release: Release,
+    network: MusicGenNetwork,
+    folder: Path,
+    values: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write ``network`` as a release that ``open_release`` reads back, with the other parts of ``release`` beside it.
+
+    Args:
+        release: what ``network`` was loaded from; its T5, EnCodec and tokenizer are copied.
+        network: its own values count where ``values`` has none.
+        folder: is made.
+        values: parameters by name.
+        dtype: of what is written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    decoder = {
-        key: value for key, value in network.config.to_diff_dict().items() if not key.startswith(("_", "torch_"))
-    }
-    text = {"model_type": "hashed", "d_model": network.enc_to_dec_proj.in_features}
-    config = {"model_type": "musicgen", "decoder": decoder, "text_encoder": text}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
-    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    state = {**network.state_dict(), **(values or {})}
+    if release.folder is not None:
+        state |= {name: tensor for name, tensor in read_tensors(release.folder) if name.startswith(ELSEWHERE)}
+        for file in release.folder.iterdir():
+            if file.suffix in (".json", ".model", ".txt") and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+    config = {"model_type": "musicgen", **release.config}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file(
+        {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def local_folder(url: str) -> Path:

@@ -1,0 +1,82 @@
+"""The run directory, seen from the trainer: its job, its plan, and how a failure is told."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from trainer.spec import Job, job_from_json
+from trainer.spec.data import ValidationSet
+from trainer.spec.errors import StoreError, TrainingError, UtaforgeError
+from trainer.store import Store, open_store
+
+log = logging.getLogger(__name__)
+FAILURE = "failure.json"
+RESULT = "result.json"
+
+
+class RunDirectory:
+    """``<store>/runs/<run>/``, which the launcher has made before any rank starts."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.name = self.url.rsplit("/", 1)[-1]
+        self.store: Store = open_store(self.url)
+
+    @cached_property
+    def job(self) -> Job:
+        """The resolved job."""
+        return job_from_json(self.store.get("job.json").decode())
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """The plan: ranks, device, strategy, precision, micro-batch."""
+        return json.loads(self.store.get("plan.json"))
+
+    @property
+    def pinned_data(self) -> dict[str, Any]:
+        """``train`` and, if it is a dataset of its own, ``validation``: URL, version and digest of each dataset."""
+        return json.loads(self.store.get("data.json"))
+
+    def pin_data(self, pin: Callable[[str], dict[str, Any]]) -> None:
+        """Fix the versions of the job's datasets, if no earlier attempt has: all attempts see the same songs.
+
+        Args:
+            pin: dataset URL → URL, version and digest of its newest version.
+        """
+        if self.store.exists("data.json"):
+            return
+        data = self.job.data
+        pins: dict[str, Any] = {"train": [pin(ref.dataset) for ref in data.train]}
+        if isinstance(data.validation, ValidationSet):
+            pins["validation"] = pin(data.validation.dataset)
+        self.store.create("data.json", json.dumps(pins, indent=1).encode())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Leave the result; from now on the run is finished, for ever."""
+        self.store.create(RESULT, json.dumps({"time": time.time(), **result}, indent=1).encode())
+
+    def report_failure(self, error: UtaforgeError) -> None:
+        """Leave word of why the run cannot go on, for whoever asks later; never raises."""
+        told = {
+            "time": time.time(),
+            "problem": error.problem,
+            "cure": error.cure,
+            "exit_code": error.exit_code,
+        }
+        try:
+            self.store.put(FAILURE, json.dumps(told, ensure_ascii=False, indent=1).encode())
+        except StoreError as unreachable:
+            log.error("the failure could not be written to the run directory: %s", unreachable)
+
+    def raise_reported_failure(self) -> None:
+        """Raise what a rank has reported, if one has."""
+        told = self.store.get_or_none(FAILURE)
+        if told is None:
+            return
+        failure = json.loads(told)
+        error = TrainingError(failure["problem"], failure["cure"])
+        error.exit_code = failure["exit_code"]
+        raise error

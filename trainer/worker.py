@@ -1,0 +1,345 @@
+"""One rank: builds everything from the run directory and runs the loop.
+
+Ray Train calls ``run_rank`` in each of its workers. ``python -m trainer.worker RUN_URL`` does the same without Ray:
+alone, or one process per GPU under ``torchrun``.
+"""
+
+import logging
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+
+from trainer.adapt import apply, parameter_groups, save_adapter
+from trainer.checkpoint import Checkpoints, Commit
+from trainer.codecs import Codec, open_codec
+from trainer.data.dataset import Dataset, split
+from trainer.data.loader import Loader, validation_batches
+from trainer.data.planner import Planner
+from trainer.engine import Engine, TrainingState, load_state, save_state
+from trainer.families import Family, open_family
+from trainer.loop import train
+from trainer.mirror import Mirror
+from trainer.rundir import RunDirectory
+from trainer.spec.data import HeldOut
+from trainer.spec.errors import TrainingError, UtaforgeError
+from trainer.spec.families import FAMILIES
+from trainer.spec.model import Lora
+from trainer.tracking import End, Follower, Journal, SystemMetrics
+from trainer.validation.render import render, store_audio
+
+log = logging.getLogger(__name__)
+STATE = "state.safetensors"
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""Ranks wait for each other this long; rendering long validation songs takes some ranks longer than others."""
+_CUT_OFF = re.compile(r"gloo|nccl|connection|timed? ?out|peer", re.IGNORECASE)
+
+
+def run_rank(run_url: str) -> None:
+    """Train as this rank of the process group (alone, if there is none) until the run has its result.
+
+    Raises:
+        UtaforgeError: the run cannot go on; ``failure.json`` says why.
+    """
+    run = RunDirectory(run_url)
+    with tempfile.TemporaryDirectory(prefix="utaforge-rank-") as scratch, ExitStack() as stack:
+        stack.enter_context(_logging(run, _place()[0], Path(scratch)))
+        stack.enter_context(_telling_failures(run))
+        rank = _Rank(run, Path(scratch))
+        stack.enter_context(rank.tracking())
+        rank.train()
+
+
+class _Rank:
+    """Everything one rank has; the loop's ``Room``."""
+
+    def __init__(self, run: RunDirectory, scratch: Path) -> None:
+        self.run, self.job, self.scratch = run, run.job, scratch
+        self.rank, self.world = _place()
+        self.family = open_family(self.job.model)
+        self.codec = open_codec(self.job.model)
+        self.data = _Songs(run, self.rank)
+        self.data.check(self.family, self.codec)
+        self.frames = {
+            "micro_frames": round(run.plan["micro_seconds"] * self.family.frame_rate),
+            "segment_frames": round(self.family.segment_seconds * self.family.frame_rate),
+        }
+        self.checkpoints = Checkpoints(run.store.at("checkpoints"), self.job.checkpoint.keep)
+        newest = self._agree(self.checkpoints.newest() if self.rank == 0 else None)
+        self.losses: dict[str, float] = dict(newest.meta["losses"]) if newest else {}
+        self.position = (newest.meta["position"][0], newest.meta["position"][1]) if newest else (0, 0)
+        self.engine = self._engine(self._restore(newest) if newest else None)
+        self.journal: Journal | None = None
+        if newest:
+            log.info("going on from step %d", newest.step)
+
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """Metrics go to the journal, and from there to MLflow; rank 0 alone does this."""
+        if self.rank:
+            yield
+            return
+        self.system = SystemMetrics()
+        self.journal = Journal(self.run.store, self.scratch / "metrics.jsonl", self.engine.steps)
+        follower = Follower(self.run.url, self.journal.path)
+        end: End = "FAILED"
+        try:
+            yield
+            end = "FINISHED"
+        finally:
+            self.journal.close(self.engine.steps, end)
+            follower.close()
+
+    def train(self) -> None:
+        """Run the loop, then leave the result."""
+        planner = Planner(
+            self.data.training,
+            seed=self.job.train.seed,
+            batch=self.job.train.batch,
+            frame_rate=self.family.frame_rate,
+            **self.frames,
+        )
+        place = {"rank": self.rank, "world": self.world}
+        with Loader(self.data.datasets, planner, self.family.collate, **place, start=self.position) as loader:
+            train(self.job, self.engine, loader, self)
+        self._finish()
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Write metrics to the journal, with the machine's own."""
+        if self.journal:
+            self.journal.record(step, {**metrics, **self.system.sample()})
+
+    def evaluate(self, step: int) -> float:
+        """Held-out loss with the current weights, recorded."""
+        batches = validation_batches(
+            self.data.datasets,
+            self.data.held_out,
+            self.family.collate,
+            **self.frames,
+            rank=self.rank,
+            world=self.world,
+        )
+        means = self.engine.evaluate(batches)
+        self.losses[str(step)] = means["loss"]
+        self.record(step, {f"validation/{term}": value for term, value in means.items()})
+        log.info("step %d/%d · held-out loss %.4f", step, self.job.train.steps, means["loss"])
+        return means["loss"]
+
+    def listen(self, step: int) -> None:
+        """Render the validation prompts with the current weights; the songs go into the run directory and to MLflow."""
+        validation = self.job.validation
+        if not validation.prompts:
+            return
+        with self.engine.generating() as network:
+            lockstep = self.engine.lockstep
+            songs = render(
+                network, self.family, self.codec, validation, rank=self.rank, world=self.world, lockstep=lockstep
+            )
+        stored = store_audio(self.run.store, step, songs)
+        self.record(step, stored.metrics)
+        for path in stored.paths:
+            if self.journal:
+                self.journal.artifact(step, path)
+        log.info("step %d/%d · %d songs rendered", step, self.job.train.steps, len(validation.prompts))
+
+    def commit(self, step: int, position: tuple[int, int], held_out: float) -> None:
+        """Put a checkpoint of this moment into the store, beside training."""
+        state = self.engine.state()
+        if self.journal is None:
+            return
+        self.checkpoints.wait()
+        folder = self._written(f"step-{step}", state)
+        save_state(state, folder / STATE)
+        meta = {"position": position, "world": self.world, "validation_loss": held_out, "losses": self.losses}
+        files = {path.name: path for path in sorted(folder.iterdir())}
+        self.checkpoints.save(step, files, meta, before=self.journal.mirror.now)
+
+    def _finish(self) -> None:
+        """Leave the trained weights and the result, once the last checkpoint is safe."""
+        state = self.engine.state()
+        if self.journal is None:
+            return
+        self.checkpoints.wait()
+        kind = "adapter" if isinstance(self.job.method, Lora) else "model"
+        folder = self._written("final", state)
+        self.run.store.at(kind).publish({path.name: path for path in folder.iterdir()}, step=state.step)
+        losses = {int(step): loss for step, loss in self.losses.items()}
+        best = self.checkpoints.best()
+        self.run.finish(
+            {
+                "steps": state.step,
+                "loss_before": losses[min(losses)],
+                "loss_after": losses[max(losses)],
+                "best_step": best.step if best else None,
+                "weights": f"{self.run.url}/{kind}",
+                "checkpoints": f"{self.run.url}/checkpoints",
+                "audio": f"{self.run.url}/audio" if self.job.validation.prompts else None,
+            }
+        )
+
+    def _engine(self, state: TrainingState | None) -> Engine:
+        method, plan = self.job.method, self.run.plan
+        self.network = self.family.network()
+        if isinstance(method, Lora):
+            self.network = apply(self.network, method, FAMILIES[self.job.model.family], seed=self.job.train.seed)
+        return Engine(
+            self.network,
+            self.family,
+            self.job.train,
+            parameter_groups(self.network, method, self.job.train.optimizer),
+            strategy=plan["strategy"],
+            precision=plan["precision"],
+            device=_device(plan["device"]),
+            resume=state,
+        )
+
+    def _agree(self, newest: Commit | None) -> Commit | None:
+        """Rank 0's newest commit, on every rank."""
+        if self.world == 1:
+            return newest
+        step = torch.tensor([newest.step if newest else -1], device=_device(self.run.plan["device"]))
+        dist.broadcast(step, 0)
+        return next((commit for commit in self.checkpoints.commits() if commit.step == int(step)), None)
+
+    def _restore(self, commit: Commit) -> TrainingState:
+        folder = self.scratch / commit.name
+        self.checkpoints.restore(commit, folder)
+        return load_state(folder / STATE)
+
+    def _written(self, name: str, state: TrainingState) -> Path:
+        """A new folder with the trained weights in the format that others read."""
+        folder = self.scratch / name
+        folder.mkdir()
+        values = {name: tensors["param"] for name, tensors in state.tensors.items()}
+        if isinstance(self.network, PeftModel):
+            save_adapter(self.network, folder, values)
+        else:
+            self.family.save(self.network, folder, values)
+        return folder
+
+
+class _Songs:
+    """The datasets of a run, in the versions that its first attempt pinned, and who trains on what."""
+
+    def __init__(self, run: RunDirectory, rank: int) -> None:
+        spec = run.job.data
+        if rank == 0:
+            run.pin_data(lambda url: Dataset.open(url).pin)
+        if dist.is_initialized():
+            dist.barrier()
+        pins = run.pinned_data
+        train = [Dataset.open(pin["url"], pin["version"]) for pin in pins["train"]]
+        self.datasets = train
+        if isinstance(spec.validation, HeldOut):
+            ids, self.held_out = split(train, spec.validation, run.job.train.seed)
+        else:
+            held_out = Dataset.open(pins["validation"]["url"], pins["validation"]["version"])
+            self.datasets = [*train, held_out]
+            ids = [data.songs.ids for data in train]
+            self.held_out = [*([] for _ in train), held_out.songs.ids]
+        self.training = [
+            data.pool(chosen, ref.weight) for data, chosen, ref in zip(train, ids, spec.train, strict=True)
+        ]
+
+    def check(self, family: Family, codec: Codec) -> None:
+        """Raise ``DataError`` if the network cannot be trained on these codes."""
+        for data in self.datasets:
+            data.check_against(
+                codebooks=family.codebooks,
+                vocabulary=family.vocabulary,
+                frame_rate=family.frame_rate,
+                fingerprint=codec.fingerprint,
+            )
+
+
+@contextmanager
+def _telling_failures(run: RunDirectory) -> Iterator[None]:
+    """A reason not to go on is written to the run directory; what merely cut this rank off is not."""
+    try:
+        yield
+    except UtaforgeError as error:
+        run.report_failure(error)
+        raise
+    except RuntimeError as error:
+        if _CUT_OFF.search(str(error)):
+            raise
+        run.report_failure(_unexpected(error))
+        raise
+    except Exception as error:
+        run.report_failure(_unexpected(error))
+        raise
+
+
+def _unexpected(error: Exception) -> TrainingError:
+    log.error("%s", "".join(traceback.format_exception(error)))
+    return TrainingError(
+        f"the trainer met an error of its own: {type(error).__name__}: {error}",
+        "the whole story is in logs/ of the run directory; please report it",
+    )
+
+
+@contextmanager
+def _logging(run: RunDirectory, rank: int, scratch: Path) -> Iterator[None]:
+    """This rank's words go to ``logs/rank-N.log`` of the run directory, rank 0's to standard output too."""
+    path = scratch / f"rank-{rank}.log"
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    own = logging.getLogger("trainer")
+    before = own.level, own.propagate
+    own.setLevel(logging.INFO)
+    own.propagate = False
+    mirror = Mirror(run.store, f"logs/rank-{rank}.log", path)
+    for handler in (file, screen):
+        own.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (file, screen):
+            own.removeHandler(handler)
+        file.close()
+        own.level, own.propagate = before
+        mirror.close()
+
+
+def _place() -> tuple[int, int]:
+    """(rank, world) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _device(kind: str) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``RUN_URL``; under ``torchrun`` one of several ranks. Returns the exit status."""
+    (run_url,) = argv if argv is not None else sys.argv[1:]
+    if "RANK" in os.environ or RunDirectory(run_url).plan["strategy"] != "ddp":
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        run_rank(run_url)
+    except UtaforgeError as error:
+        log.error("%s", error)
+        return error.exit_code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
