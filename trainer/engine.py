@@ -1,8 +1,8 @@
 """One optimizer step, whatever the strategy and the precision.
 
 The loss of a step is, for each term, the sum over all micro-batches of all ranks over their count, so that padding,
-accumulation and world size never change it. What is trained is kept in fp32; in ``bf16`` and ``fp16`` the frozen rest
-is kept in that precision, and everything computes under autocast.
+accumulation and world size never change it. What is trained is kept in fp32; in ``bf16`` and ``fp16`` the frozen
+matrices are kept in that precision, and everything computes under autocast.
 
 ``python -m trainer.engine --warm`` compiles DeepSpeed's operator for ranks on CPUs, once.
 """
@@ -147,7 +147,7 @@ class Engine:
             self.scale = replace(resume.scale)
             _load_parameters(self._trainable, resume)
         for parameter in network.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.ndim > 1:
                 parameter.data = parameter.data.to(DTYPES[precision])
         self._module = _Autocast(network, device, DTYPES[precision]).to(device).train()
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=train.optimizer.betas, eps=train.optimizer.eps)

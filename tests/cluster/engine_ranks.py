@@ -1,7 +1,7 @@
 """One rank of ``test_engine``: trains the tiny MusicGen in every way and writes what it saw as JSON.
 
-``python engine_ranks.py FOLDER RANK WORLD CASE…``; a case is ``strategy/method/precision`` and optionally ``@FILE``, a state to
-resume from.
+``python engine_ranks.py FOLDER RANK WORLD CASE…``; a case is ``strategy/method/precision``, and ``@FILE`` behind it
+names a state to resume from.
 """
 
 import json
@@ -28,8 +28,9 @@ METHODS = {"lora": Lora(type="lora", rank=4, alpha=8, lora_plus=2), "full": Full
 TRAIN = Train(
     steps=STEPS,
     batch=BatchSeconds(seconds=1),
-    optimizer=Optimizer(lr=2e-3, weight_decay=0.1),
+    optimizer=Optimizer(lr=1e-2, weight_decay=0.1),
     schedule=Schedule(warmup=1),
+    clip=0.3,
 )
 FAMILY = open_family(MusicGen(family="musicgen", pretrained="random:tiny"))
 

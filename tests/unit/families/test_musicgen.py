@@ -11,6 +11,7 @@ from trainer.families.musicgen.family import MusicGenFamily
 from trainer.families.musicgen.generate import generate
 from trainer.families.musicgen.network import MusicGenNetwork
 from trainer.families.musicgen.text import HashedText, words
+from trainer.families.musicgen.weights import open_release
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import MusicGen
@@ -135,8 +136,7 @@ def test_sampling_follows_the_distribution_and_top_k() -> None:
         def forward(self, ids, *_, **__):
             return self.logits.expand(len(ids), 4, 1, -1)
 
-    release = MusicGenFamily(MusicGen(family="musicgen", pretrained="random:tiny"))._release
-    network = Fixed(release.decoder_config(0.0), 64)
+    network = Fixed(open_release("random:tiny").decoder_config(dropout=0.0), 64)
     network.logits = torch.linspace(0, 3, 256)
     text = torch.zeros(1, 1, 64), torch.zeros(1, 1, dtype=torch.bool)
     (codes,) = generate(network, [5000], [3], *text, Sampling(guidance=1, top_k=4, temperature=0.02))

@@ -48,7 +48,7 @@ def release(upstream: MusicgenForConditionalGeneration, tmp_path: Path) -> Path:
 
 
 def family_of(release: Path) -> MusicGenFamily:
-    return MusicGenFamily(MusicGen(family="musicgen", pretrained=release.as_uri()))
+    return MusicGenFamily(MusicGen(family="musicgen", pretrained=f"file://{release}"))
 
 
 def assert_is_upstream(release: Path, upstream: MusicgenForConditionalGeneration) -> None:
