@@ -175,11 +175,12 @@ def list_(store_url: str | None, job_path: str | None, as_json: bool) -> None:
 @_store_options
 def logs(run_name: str, follow: bool, store_url: str | None, job_path: str | None) -> None:
     """What a run has said; -f: and what it says."""
-    from launcher.submit import readable
+    from launcher.submit import Reader
 
     found = _run(run_name, store_url, job_path)
     live = found.live_log() if follow else None
     if live is not None:
+        readable = Reader()
         for line in live:
             if (shown := readable(line)) is not None:
                 click.echo(shown)

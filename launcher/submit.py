@@ -89,10 +89,24 @@ def submit(job: Job, planned: Plan, chosen: Chosen, say: Say) -> Outcome:
     return Outcome(run, time.monotonic() - started)
 
 
-def readable(line: str) -> str | None:
-    """A line of a run's log as people want it: without Ray's marks, and None if it is about Ray alone."""
-    plain = _FROM_RANK.sub("", _COLOUR.sub("", line))
-    return None if _OF_RAY.match(plain) or not plain.strip() else plain
+class Reader:
+    """Reads a run's log for people: without Ray's marks, and without what is about Ray alone."""
+
+    def __init__(self) -> None:
+        self._dead: set[str] = set()
+
+    def __call__(self, line: str) -> str | None:
+        """The line as people want it, or None if they do not.
+
+        Once Ray says that a rank has failed, it repeats the traceback of what the run itself tells in plain words.
+        """
+        line = _COLOUR.sub("", line)
+        rank = _FROM_RANK.match(line)
+        plain = line[rank.end() :] if rank else line
+        if rank and plain.startswith("Error in training function"):
+            self._dead.add(rank[0])
+        hidden = not plain.strip() or _OF_RAY.match(plain) or (rank and rank[0] in self._dead)
+        return None if hidden else plain
 
 
 def _see_through(run: Run, jobs: Jobs, attempt: Attempt, say: Say) -> JobStatus | None:
@@ -111,6 +125,7 @@ def _see_through(run: Run, jobs: Jobs, attempt: Attempt, say: Say) -> JobStatus 
 
 def _tell(lines: Iterable[str], told: list[str], say: Say) -> None:
     everything = bool(os.environ.get("UTAFORGE_DEBUG"))
+    readable = Reader()
     for line in lines:
         told.append(line)
         shown = line if everything else readable(line)

@@ -10,7 +10,7 @@ import pytest
 from launcher.cli import run
 from launcher.doctor import examine
 from launcher.runs import create_or_resume
-from launcher.submit import readable
+from launcher.submit import Reader
 from trainer.spec import Job
 
 HEAVY = ("torch", "ray", "numpy", "pyarrow", "mlflow", "transformers")
@@ -148,4 +148,17 @@ def test_a_fault_of_our_own_leaves_one_line_and_a_file(
     ],
 )
 def test_people_see_the_runs_lines_and_not_rays(line: str, shown: str | None) -> None:
-    assert readable(line) == shown
+    assert Reader()(line) == shown
+
+
+def test_the_traceback_that_ray_repeats_is_left_out_and_other_ranks_are_not() -> None:
+    reader = Reader()
+    lines = [
+        "(RayTrainWorker pid=1) step 5",
+        "(RayTrainWorker pid=1) Error in training function:",
+        "(RayTrainWorker pid=1) Traceback (most recent call last):",
+        '(RayTrainWorker pid=1)   File "worker.py", line 1, in <module>',
+        "(RayTrainWorker pid=1) trainer.spec.errors.DataError: 歌がない",
+        "(RayTrainWorker pid=2) step 6",
+    ]
+    assert [shown for line in lines if (shown := reader(line))] == ["step 5", "step 6"]
