@@ -55,7 +55,7 @@ class RunDirectory:
         self.store.create("data.json", json.dumps(pins, indent=1).encode())
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Leave the result; from now on the run is finished, for ever."""
+        """Leave the result, with paths relative to the run directory; from now on the run is finished, for ever."""
         self.store.create(RESULT, json.dumps({"time": time.time(), **result}, indent=1).encode())
 
     def report_failure(self, error: UtaforgeError) -> None:

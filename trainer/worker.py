@@ -180,9 +180,7 @@ class _Rank:
                 "loss_before": losses[min(losses)],
                 "loss_after": losses[max(losses)],
                 "best_step": best.step if best else None,
-                "weights": f"{self.run.url}/{kind}",
-                "checkpoints": f"{self.run.url}/checkpoints",
-                "audio": f"{self.run.url}/audio" if self.job.validation.prompts else None,
+                kind: kind,
             }
         )
 

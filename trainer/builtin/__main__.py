@@ -44,10 +44,10 @@ CONFIG = {
     },
     "text_encoder": {"model_type": "hashed", "d_model": 64},
 }
-SONGS, DEMO_SONGS = 60, 6
+SONGS, DEMO_SONGS = 300, 6
 """Of each style; the first ``DEMO_SONGS`` are the demo's own and are not trained on here."""
 FRAMES = {"micro_frames": 3000, "segment_frames": 500}
-STEPS = 800
+STEPS = 900
 
 
 def main() -> int:
@@ -122,7 +122,7 @@ def _train(job: Job) -> _Trained:
         precision="fp32",
         device=torch.device("cpu"),
     )
-    pool = data.pool([song for song in data.songs.ids if int(song[-2:]) > DEMO_SONGS])
+    pool = data.pool([song for song in data.songs.ids if int(song.rpartition("-")[2]) > DEMO_SONGS])
     planner = Planner([pool], seed=0, batch=job.train.batch, frame_rate=family.frame_rate, **FRAMES)
     with Loader([data], planner, family.collate) as loader:
         train(job, engine, loader, _Quiet())
@@ -147,7 +147,7 @@ def _job(work: Path, pretrained: str, style: str, songs: int) -> Job:
             },
             "train": {
                 "steps": STEPS,
-                "batch": {"seconds": 60},
+                "batch": {"seconds": 40},
                 "optimizer": {"lr": 4e-3},
                 "schedule": {"name": "cosine", "warmup": 20},
                 "log_every": 50,

@@ -48,17 +48,19 @@ def prepare(job: Job, progress: Progress | None = None) -> Dataset:
 
 def progress_lines(seconds: float = 5.0) -> Progress:
     """A ``Progress`` that logs a line with rate and time left: the first, the last, and one every few ``seconds``."""
-    begin = time.monotonic()
-    told = -math.inf
+    first = told = math.nan
 
     def progress(done: int, total: int, name: str, failure: Failure | None) -> None:
-        nonlocal told
+        nonlocal first, told
         now = time.monotonic()
-        if done < total and now - told < seconds:
+        if done == 1:
+            first = now
+        elif done < total and now - told < seconds:
             return
         told = now
-        rate = done / max(now - begin, 1e-3)
-        log.info("prepared %d/%d songs · %.1f songs/s · %.0f s left", done, total, rate, (total - done) / rate)
+        rate = (done - 1) / (now - first) if now > first else 0.0
+        pace = f" · {rate:.1f} songs/s · {(total - done) / rate:.0f} s left" if rate else ""
+        log.info("prepared %d/%d songs%s", done, total, pace)
 
     return progress
 
