@@ -25,6 +25,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -41,6 +47,8 @@ Micro = tuple[Batch, float]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NUMBERS = "numbers.json"
+"""What a sharded state holds beside its tensors."""
 SKIPS_IN_A_ROW = 20
 """Overflows of fp16 after which it is given up: the scale is then down to a millionth of its start."""
 
@@ -225,6 +233,24 @@ class Engine:
                 tensors[name] = {key: value.detach().to("cpu", torch.float32) for key, value in values.items()}
         return TrainingState(self.steps, self.updates, replace(self.scale), tensors)
 
+    def save_sharded(self, folder: Path) -> None:
+        """Write the state into ``folder``, every rank its share, for ``load_sharded`` at any world size.
+
+        No rank ever holds more than its share and one parameter. The files are safetensors, written by
+        ``torch.distributed.checkpoint``, and a little JSON.
+        """
+        shares: dict[str, Any] = {}
+        mesh = init_device_mesh("cpu", (self.world,)) if dist.is_initialized() else None
+        for name, parameter in self._trainable.items():
+            for key, value in self._sharing.read(parameter, started=self.updates > 0).items():
+                shares[f"{key}/{name}"] = _share(value, mesh, self.rank) if mesh else value.detach().cpu()
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save_checkpoint(shares, storage_writer=writer, no_dist=mesh is None)
+        if self.rank == 0:
+            (folder / NUMBERS).write_text(
+                _numbers(TrainingState(self.steps, self.updates, self.scale)), encoding="utf-8"
+            )
+
     def _global_counts(self, micro: Iterable[Micro]) -> tuple[dict[str, float], float]:
         mine = [
             [weight * batch.counts[t] for t in self.family.terms] + [weight * batch.frames] for batch, weight in micro
@@ -266,19 +292,23 @@ class Engine:
 def save_state(state: TrainingState, file: Path) -> None:
     """Write ``state`` as safetensors: ``param/<name>``, ``exp_avg/<name>``, …, the numbers as metadata."""
     tensors = {f"{key}/{name}": value for name, values in state.tensors.items() for key, value in values.items()}
-    numbers = {"step": state.step, "updates": state.updates, "scale": asdict(state.scale)}
-    save_file({key: value.contiguous() for key, value in tensors.items()}, file, {"state": json.dumps(numbers)})
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file, {"state": _numbers(state)})
 
 
 def load_state(file: Path) -> TrainingState:
     """What ``save_state`` wrote."""
     tensors: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, framework="pt") as content:
-        numbers = json.loads(content.metadata()["state"])
+        numbers = content.metadata()["state"]
         for key in content.keys():  # noqa: SIM118  (not a mapping)
             kind, name = key.split("/", 1)
             tensors.setdefault(name, {})[kind] = content.get_tensor(key)
-    return TrainingState(numbers["step"], numbers["updates"], LossScale(**numbers["scale"]), tensors)
+    return _state(numbers, tensors)
+
+
+def load_sharded(folder: Path) -> TrainingState:
+    """What ``Engine.save_sharded`` wrote; each tensor is read when it is asked for, and not kept."""
+    return _state((folder / NUMBERS).read_text(encoding="utf-8"), _TensorsOnDisk(folder))
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -309,6 +339,27 @@ def remove_stale_locks() -> None:
     for lock in locks:
         log.warning("removing the lock of a compilation that did not end: %s", lock)
         lock.unlink(missing_ok=True)
+
+
+class _TensorsOnDisk(Mapping[str, Mapping[str, Tensor]]):
+    """The tensors of a sharded state, put together from their shards one parameter at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+        found = HuggingFaceStorageReader(self._folder).read_metadata().state_dict_metadata
+        self._sizes = {key: entry.size for key, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        values = {key: torch.empty(self._sizes[f"{key}/{name}"]) for key in ("param", *MOMENTS)}
+        wanted = {f"{key}/{name}": value for key, value in values.items()}
+        load_checkpoint(wanted, storage_reader=HuggingFaceStorageReader(self._folder), no_dist=True)
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix("param/") for key in self._sizes if key.startswith("param/"))
+
+    def __len__(self) -> int:
+        return len(self._sizes) // (1 + len(MOMENTS))
 
 
 class _Autocast(nn.Module):
@@ -459,6 +510,23 @@ class _Sharded:
         if self._stage == 2:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
+
+
+def _share(value: Tensor, mesh: DeviceMesh, rank: int) -> DTensor:
+    """This rank's rows of ``value``; every rank has all of it."""
+    chunks = value.detach().to("cpu", torch.float32).chunk(mesh.size())
+    rows = chunks[rank].clone() if rank < len(chunks) else value.new_empty((0, *value.shape[1:]), device="cpu")
+    stride = value.contiguous().stride()
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=stride)
+
+
+def _numbers(state: TrainingState) -> str:
+    return json.dumps({"step": state.step, "updates": state.updates, "scale": asdict(state.scale)})
+
+
+def _state(numbers: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> TrainingState:
+    found = json.loads(numbers)
+    return TrainingState(found["step"], found["updates"], LossScale(**found["scale"]), tensors)
 
 
 def _partition(value: Tensor, parameter: nn.Parameter) -> Tensor:

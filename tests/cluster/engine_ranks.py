@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.adapt import apply, parameter_groups
-from trainer.engine import Engine, learning_rate, load_state, save_state
+from trainer.engine import Engine, learning_rate, load_sharded, load_state, save_state
 from trainer.families import Batch, Example, open_family
 from trainer.spec.families import FAMILIES
 from trainer.spec.job import BatchSeconds, Prompt, Sampling, Train
@@ -51,7 +51,9 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     """Losses, norms and final weights' sum of one case, from the start or from a saved state."""
     kind, _, resume = case.partition("@")
     strategy, method, precision = kind.split("/")
-    state = load_state(folder / resume) if resume else None
+    state = None
+    if resume:
+        state = load_state(folder / resume) if resume.endswith(".safetensors") else load_sharded(folder / resume)
     network = FAMILY.network()
     if method == "lora":
         network = apply(network, METHODS["lora"], FAMILIES["musicgen"])
@@ -65,9 +67,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         results.append(engine.step(share(step), learning_rate(TRAIN, step), seed=(0, step)))
         seconds.append(time.perf_counter() - start)
         if step == SAVED and not resume:
-            saved = engine.state()
-            if engine.rank == 0:
-                save_state(saved, folder / f"{kind.replace('/', '-')}-{engine.world}.safetensors")
+            leave(engine, strategy, folder / f"{kind.replace('/', '-')}-{engine.world}")
     with engine.generating() as ready:
         songs = FAMILY.generate(ready, [Prompt(tags="祭り", seconds=0.2)], Sampling())
     final = engine.state()
@@ -84,6 +84,16 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         "song": songs[0].tolist(),
         "milliseconds": round(1000 * float(np.median(seconds)), 1),
     }
+
+
+def leave(engine: Engine, strategy: str, path: Path) -> None:
+    """Save the engine's state, in shards under ZeRO-3, else in one file."""
+    if strategy == "zero3":
+        engine.save_sharded(path)
+        return
+    state = engine.state()
+    if engine.rank == 0:
+        save_state(state, path.with_suffix(".safetensors"))
 
 
 def share(step: int) -> list[tuple[Batch, float]]:

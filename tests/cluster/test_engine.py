@@ -17,7 +17,8 @@ CLOSE = 1e-5
 
 
 def saved(kind: str) -> str:
-    return f"{kind.replace('/', '-')}-2.safetensors"
+    """What two ranks have left: a file, and for ZeRO-3 a folder of shards."""
+    return f"{kind.replace('/', '-')}-2{'' if kind.startswith('zero3') else '.safetensors'}"
 
 
 WHOLE = [f"{strategy}/{method}/fp32" for strategy in STRATEGIES for method in METHODS]
