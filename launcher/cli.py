@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from launcher.runs import Run, Status
     from trainer.spec import Job
 
-DEFAULT_STORE = "file://./.utaforge/store"
+DEFAULT_STORE = "file://./store"
 EPILOG = """\b
 Exit codes
   0    done
@@ -30,7 +30,7 @@ Exit codes
 
 \b
 Variables
-  UTAFORGE_STORE  store of commands that take a RUN (file://./.utaforge/store)
+  UTAFORGE_STORE  store of commands that take a RUN (file://./store)
   UTAFORGE_HOME   what this machine's runs share (./.utaforge)
   UTAFORGE_DEBUG  1: show tracebacks and everything that Ray says
 """
@@ -107,7 +107,7 @@ def prepare(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="utaforge-") as folder:
         resolved = Path(folder, "job.json")
         resolved.write_text(dump_job(job), encoding="utf-8")
-        code = _trainer("trainer.driver", "--prepare-only", str(resolved), quiet=as_json)
+        code = _trainer("trainer.data", str(resolved), quiet=True)
     if code:
         raise click.exceptions.Exit(code)
     _tell_dataset(job, as_json)
@@ -134,7 +134,8 @@ def submit(job_path: str, overrides: tuple[str, ...], run_name: str | None, yes:
         click.confirm(f"This costs at least {planned.usd:,.2f} USD. Go on?", abort=True)
     chosen = create_or_resume(job, planned.as_json(), run_name)
     click.echo(chosen.news)
-    outcome = submit_run(job, planned, chosen, click.echo)
+    with show.following() as say:
+        outcome = submit_run(job, planned, chosen, say)
     show.summary(outcome, "" if _default_store() == job.store else f" --store {job.store}")
 
 

@@ -1,15 +1,20 @@
 """What the commands print: tables on a terminal, plain text elsewhere, JSON on request."""
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import click
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from launcher.backends.base import Say
 from launcher.doctor import Check
 from launcher.plan import Plan
 from launcher.profiles import GIB
@@ -17,6 +22,7 @@ from launcher.runs import Run, Status
 from launcher.submit import Outcome
 
 Row = tuple[str, str]
+_COUNTED = re.compile(r"(?P<kind>step|prepared) (?P<done>\d+)/(?P<total>\d+)(?P<rest> .* left)$")
 _STYLES = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
 
 
@@ -61,6 +67,33 @@ def plan(planned: Plan) -> None:
         *(("note", check) for check in planned.checks),
     ]
     _rows(f"plan of {planned.job}", rows)
+
+
+@contextmanager
+def following() -> Generator[Say]:
+    """Takes a run's lines. On a terminal those that count (``step 5/120 · … left``) become a bar below the others."""
+    if not sys.stdout.isatty():
+        yield click.echo
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rest]}"))
+    with Progress(*columns, console=console(), transient=True) as bars:
+        bar: TaskID | None = None
+        kind = ""
+
+        def say(line: str) -> None:
+            nonlocal bar, kind
+            counted = _COUNTED.match(line)
+            if counted is None:
+                bars.console.print(escape(line))
+                return
+            if bar is None or counted["kind"] != kind:
+                if bar is not None:
+                    bars.remove_task(bar)
+                kind = counted["kind"]
+                bar = bars.add_task(kind, rest="")
+            bars.update(bar, completed=int(counted["done"]), total=int(counted["total"]), rest=escape(counted["rest"]))
+
+        yield say
 
 
 def status(found: Status) -> None:

@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _progress(done: int, total: int) -> None:
-    sys.stderr.write(f"\rsong {done} of {total}" + ("\n" if done == total else ""))
+    if sys.stderr.isatty() or done == total:
+        sys.stderr.write(f"\rsong {done} of {total}" + ("\n" if done == total else ""))
 
 
 if __name__ == "__main__":
