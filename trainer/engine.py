@@ -47,6 +47,8 @@ Micro = tuple[Batch, float]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WHOLE_BELOW = 100_000
+"""ZeRO-3 does not cut parameters of fewer elements (norms, LoRA): gathering them would cost more than it saves."""
 NUMBERS = "numbers.json"
 """What a sharded state holds beside its tensors."""
 SKIPS_IN_A_ROW = 20
@@ -453,7 +455,7 @@ class _Sharded:
             "gradient_accumulation_steps": 1,  # the boundary is set by hand: steps differ in their micro-batches
             "gradient_clipping": clip,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": WHOLE_BELOW},
         }
         self.module, self._zero, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
