@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
@@ -72,16 +72,20 @@ class RayJobs:
             "entrypoint": shlex.join(argv),
             "runtime_env": {"env_vars": self._environment} if self._environment else {},
         }
-        deadline = time.monotonic() + SUBMIT_SECONDS
+        begun = time.monotonic()
         while True:
             try:
                 self._ask("POST", "/api/jobs/", body)
                 return
-            except _Refused as refused:
+            except _Refused as error:
+                refusal, patience = error, SUBMIT_SECONDS if error.code >= 500 else 0.0
+            except ClusterError as error:  # a broken connection tells nothing: it may have been accepted
+                refusal, patience = error, LOST_SECONDS
+            with suppress(ClusterError):
                 if self.status(submission):
                     return
-                if refused.code < 500 or time.monotonic() > deadline:
-                    raise
+            if time.monotonic() - begun > patience:
+                raise refusal
             time.sleep(RETRY_SECONDS)
 
     def status(self, submission: str) -> JobStatus | None:
