@@ -2,15 +2,11 @@
 
 import os
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import boto3
 import pytest
 
 from trainer.codecs import open_codec
@@ -23,34 +19,6 @@ from trainer.spec.model import MusicGen
 from trainer.store import Store, open_store
 
 MUSIC = Path(os.environ.get("UTAFORGE_TEST_MUSIC", Path(__file__).parents[3] / "shared" / "data" / "music"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    """The address of an S3 server with the bucket ``music``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path_factory.mktemp("moto") / "log").open("w")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    retries = {"total_max_attempts": 20, "mode": "standard"}
-    client = boto3.client(
-        "s3",
-        endpoint_url=address,
-        region_name="us-east-1",
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-        config=boto3.session.Config(retries=retries, connect_timeout=5),
-    )
-    try:
-        client.create_bucket(Bucket="music")
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
-        log.close()
 
 
 @pytest.fixture
