@@ -4,6 +4,7 @@ A checkpoint is a folder ``step-00000050/`` of files and a ``manifest.json`` wit
 is put last and only if there is none yet: its existence *is* the commit, and a reader trusts nothing else.
 """
 
+import json
 import logging
 import math
 import re
@@ -19,6 +20,8 @@ from trainer.spec.job import Keep
 from trainer.store import MANIFEST, Store
 
 log = logging.getLogger(__name__)
+SHARE_SECONDS, SHARE_POLL_SECONDS = 1800.0, 0.2
+"""How long rank 0 waits for the parts of the others, and how often it looks."""
 RETRY_SECONDS = (1.0, 5.0, 15.0)
 """Waits between the tries of one upload, beyond the transport's own."""
 
@@ -47,8 +50,27 @@ class Commit:
         return math.inf if loss is None else loss
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of a checkpoint this rank writes, where every rank writes a part.
+
+    Attributes:
+        rank: of this process; rank 0 commits what all have written.
+        world: number of ranks.
+        attempt: the same on all ranks, another after each restart, so that a dead attempt's parts are never taken.
+    """
+
+    rank: int
+    world: int
+    attempt: int
+
+    def manifest(self, rank: int) -> str:
+        """Name of the list of the files of ``rank``."""
+        return f"share-{self.attempt:016x}-{rank}.json"
+
+
 class Checkpoints:
-    """The checkpoints of one run; ``save`` and ``wait`` are for rank 0 alone, the rest for anyone.
+    """The checkpoints of one run; ``save`` and ``wait`` are for those who write, the rest for anyone.
 
     Args:
         store: ``<run>/checkpoints``.
@@ -69,6 +91,7 @@ class Checkpoints:
         files: Mapping[str, Path | bytes],
         meta: Mapping[str, Any],
         before: Callable[[], None] | None = None,
+        share: Share | None = None,
     ) -> None:
         """Commit a checkpoint beside training; returns once the upload before it is done.
 
@@ -82,13 +105,14 @@ class Checkpoints:
             meta: goes into the manifest; JSON, numbers that are not finite become null. ``validation_loss`` decides
                 which are best.
             before: called first, in the background too (the journal reaches the store before the checkpoint does).
+            share: this rank's part, if all ranks save; without it, rank 0 alone does. File names differ between ranks.
 
         Raises:
             StoreError: the *previous* checkpoint could not be uploaded, in spite of retries. This one is not begun;
                 the next call begins afresh.
         """
         self.wait()
-        self._in_flight = self._uploader.submit(self._commit, step, dict(files), dict(meta), before)
+        self._in_flight = self._uploader.submit(self._commit, step, dict(files), dict(meta), before, share)
 
     def wait(self) -> None:
         """Return when nothing is in flight; raises ``StoreError`` if the last upload failed (once)."""
@@ -115,13 +139,18 @@ class Checkpoints:
         self.store.at(commit.name).fetch(into)
 
     def _commit(
-        self, step: int, files: dict[str, Path | bytes], meta: dict[str, Any], before: Callable[[], None] | None
+        self,
+        step: int,
+        files: dict[str, Path | bytes],
+        meta: dict[str, Any],
+        before: Callable[[], None] | None,
+        share: Share | None,
     ) -> None:
         for wait in (*self._retry_seconds, None):
             try:
                 if before:
                     before()
-                self._publish(step, files, meta)
+                self._publish(step, files, meta, share)
                 break
             except StoreError as error:
                 if wait is None:
@@ -130,21 +159,44 @@ class Checkpoints:
                     ) from error
                 log.warning("checkpoint of step %d: %s; trying again in %g s", step, error.problem, wait)
                 time.sleep(wait)
+        if share and share.rank:
+            return
         try:
-            self._retain()
+            self._retain(step)
         except StoreError as error:
             log.warning("old checkpoints could not be removed, they stay until the next commit: %s", error.problem)
 
-    def _publish(self, step: int, files: dict[str, Path | bytes], meta: dict[str, Any]) -> None:
+    def _publish(self, step: int, files: dict[str, Path | bytes], meta: dict[str, Any], share: Share | None) -> None:
         name = folder_of(step)
-        found = self._folders().get(name, {})
+        at, found = self.store.at(name), self._folders().get(name, {})
         if MANIFEST in found and self._read(name, found):
             return
-        self._remove(name, found)
-        self.store.at(name).publish(files, step=step, meta={key: _json(value) for key, value in meta.items()})
+        told = {"step": step, "meta": {key: _json(value) for key, value in meta.items()}}
+        if share is None:
+            self._remove(name, found)
+            at.publish(files, **told)
+            return
+        at.publish(files, manifest=share.manifest(share.rank))
+        if share.rank == 0:
+            whole = {name: facts for part in self._shares(at, share) for name, facts in part.items()}
+            at.create(MANIFEST, json.dumps({"files": whole, **told}).encode())
 
-    def _retain(self) -> None:
-        folders = self._folders()
+    def _shares(self, at: Store, share: Share) -> Iterator[dict[str, Any]]:
+        """The lists of all ranks' files, as they come in."""
+        deadline = time.monotonic() + SHARE_SECONDS
+        for rank in range(share.world):
+            while (part := at.manifest(share.manifest(rank))) is None:
+                if time.monotonic() > deadline:
+                    raise StoreError(
+                        f"{at.url}: rank {rank} did not upload its part within {SHARE_SECONDS:.0f} s",
+                        "see logs/ of that rank in the run directory",
+                    )
+                time.sleep(SHARE_POLL_SECONDS)
+            yield part["files"]
+
+    def _retain(self, step: int) -> None:
+        """Remove what ``keep`` does not name; what other ranks have begun of later checkpoints stays."""
+        folders = {name: files for name, files in self._folders().items() if name <= folder_of(step)}
         commits = list(self.commits())
         best = [commit for commit in _by_loss(commits) if math.isfinite(commit.validation_loss)]
         kept = {commit.name for commit in commits[: self.keep.last] + best[: self.keep.best]}

@@ -11,7 +11,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint import Checkpoints
-from trainer.data.prepare import prepare, progress_lines
 from trainer.rundir import FAILURE, RunDirectory
 from trainer.spec.errors import ClusterError, UtaforgeError
 
@@ -32,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     run = RunDirectory(run_url)
     try:
         run.store.delete([FAILURE])
-        if run.job.data.prepare:
-            prepare(run.job, progress_lines())
+        _prepare(run)
         fit(run)
     except UtaforgeError as error:
         run.report_failure(error)
@@ -66,6 +64,15 @@ def fit(run: RunDirectory) -> None:
                 ) from error
             log.warning("a rank was lost: %s", *reason)
             log.warning("starting the ranks again from step %d", after.step if after else 0)
+
+
+def _prepare(run: RunDirectory) -> None:
+    """Make the shards that are not there yet; a run that is continued has its datasets already."""
+    if run.job.data.prepare is None or run.has_pinned_data:
+        return
+    from trainer.data.prepare import prepare, progress_lines
+
+    prepare(run.job, progress_lines())
 
 
 def _trainer(run: RunDirectory) -> "TorchTrainer":

@@ -36,6 +36,11 @@ class RunDirectory:
         return json.loads(self.store.get("plan.json"))
 
     @property
+    def has_pinned_data(self) -> bool:
+        """Whether an attempt has come so far as to fix the versions of the datasets."""
+        return self.store.exists("data.json")
+
+    @property
     def pinned_data(self) -> dict[str, Any]:
         """``train`` and, if it is a dataset of its own, ``validation``: URL, version and digest of each dataset."""
         return json.loads(self.store.get("data.json"))
@@ -46,7 +51,7 @@ class RunDirectory:
         Args:
             pin: dataset URL → URL, version and digest of its newest version.
         """
-        if self.store.exists("data.json"):
+        if self.has_pinned_data:
             return
         data = self.job.data
         pins: dict[str, Any] = {"train": [pin(ref.dataset) for ref in data.train]}

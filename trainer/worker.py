@@ -7,6 +7,8 @@ alone, or one process per GPU under ``torchrun``.
 import logging
 import os
 import re
+import secrets
+import shutil
 import sys
 import tempfile
 import traceback
@@ -20,12 +22,12 @@ import torch.distributed as dist
 from peft import PeftModel
 
 from trainer.adapt import apply, parameter_groups, save_adapter
-from trainer.checkpoint import Checkpoints, Commit
+from trainer.checkpoint import Checkpoints, Commit, Share
 from trainer.codecs import Codec, open_codec
 from trainer.data.dataset import Dataset, split
 from trainer.data.loader import Loader, validation_batches
 from trainer.data.planner import Planner
-from trainer.engine import Engine, TrainingState, load_state, save_state
+from trainer.engine import Engine, TrainingState, load_sharded, load_state, save_state
 from trainer.families import Family, open_family
 from trainer.loop import train
 from trainer.mirror import Mirror
@@ -74,7 +76,7 @@ class _Rank:
             "segment_frames": round(self.family.segment_seconds * self.family.frame_rate),
         }
         self.checkpoints = Checkpoints(run.store.at("checkpoints"), self.job.checkpoint.keep)
-        newest = self._agree(self.checkpoints.newest() if self.rank == 0 else None)
+        self.attempt, newest = self._agree(self.checkpoints.newest() if self.rank == 0 else None)
         self.losses: dict[str, float] = dict(newest.meta["losses"]) if newest else {}
         self.position = (newest.meta["position"][0], newest.meta["position"][1]) if newest else (0, 0)
         self.engine = self._engine(self._restore(newest) if newest else None)
@@ -153,36 +155,55 @@ class _Rank:
 
     def commit(self, step: int, position: tuple[int, int], held_out: float) -> None:
         """Put a checkpoint of this moment into the store, beside training."""
-        state = self.engine.state()
-        if self.journal is None:
-            return
         self.checkpoints.wait()
-        folder = self._written(f"step-{step}", state)
-        save_state(state, folder / STATE)
+        folder, share = self.scratch / "checkpoint", None
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if isinstance(self.network, PeftModel):
+            state = self.engine.state()
+            if self.journal is None:
+                return
+            self._write_adapter(folder, state)
+            save_state(state, folder / STATE)
+        else:
+            self.engine.save_sharded(folder)
+            share = Share(self.rank, self.world, self.attempt)
         meta = {"position": position, "world": self.world, "validation_loss": held_out, "losses": self.losses}
         files = {path.name: path for path in sorted(folder.iterdir())}
-        self.checkpoints.save(step, files, meta, before=self.journal.mirror.now)
+        before = self.journal.mirror.now if self.journal else None
+        self.checkpoints.save(step, files, meta, before, share)
 
     def _finish(self) -> None:
         """Leave the trained weights and the result, once the last checkpoint is safe."""
-        state = self.engine.state()
+        self.checkpoints.wait()
         if self.journal is None:
             return
-        self.checkpoints.wait()
-        kind = "adapter" if isinstance(self.job.method, Lora) else "model"
-        folder = self._written("final", state)
-        self.run.store.at(kind).publish({path.name: path for path in folder.iterdir()}, step=state.step)
+        newest = self.checkpoints.newest()
+        assert newest is not None, "the last step is always committed"
+        folder = self.scratch / "final"
+        if isinstance(self.network, PeftModel):
+            kind = "adapter"
+            self._write_adapter(folder, self._restore(newest))
+        else:
+            kind = "model"
+            tensors = self._restore(newest).tensors
+            self.family.save(self.network, folder, {name: tensors[name]["param"] for name in tensors})
+        self.run.store.at(kind).publish({path.name: path for path in folder.iterdir()}, step=newest.step)
         losses = {int(step): loss for step, loss in self.losses.items()}
         best = self.checkpoints.best()
         self.run.finish(
             {
-                "steps": state.step,
+                "steps": newest.step,
                 "loss_before": losses[min(losses)],
                 "loss_after": losses[max(losses)],
                 "best_step": best.step if best else None,
                 kind: kind,
             }
         )
+
+    def _write_adapter(self, folder: Path, state: TrainingState) -> None:
+        assert isinstance(self.network, PeftModel)
+        save_adapter(self.network, folder, {name: values["param"] for name, values in state.tensors.items()})
 
     def _engine(self, state: TrainingState | None) -> Engine:
         method, plan = self.job.method, self.run.plan
@@ -200,29 +221,21 @@ class _Rank:
             resume=state,
         )
 
-    def _agree(self, newest: Commit | None) -> Commit | None:
-        """Rank 0's newest commit, on every rank."""
-        if self.world == 1:
-            return newest
-        step = torch.tensor([newest.step if newest else -1], device=_device(self.run.plan["device"]))
-        dist.broadcast(step, 0)
-        return next((commit for commit in self.checkpoints.commits() if commit.step == int(step)), None)
+    def _agree(self, newest: Commit | None) -> tuple[int, Commit | None]:
+        """A number of this attempt, and the newest commit: rank 0's, on every rank."""
+        told = torch.tensor([secrets.randbits(62), newest.step if newest else -1])
+        if self.world > 1:
+            told = told.to(_device(self.run.plan["device"]))
+            dist.broadcast(told, 0)
+        attempt, step = told.tolist()
+        if newest is None and step >= 0:
+            newest = next((commit for commit in self.checkpoints.commits() if commit.step == step), None)
+        return attempt, newest
 
     def _restore(self, commit: Commit) -> TrainingState:
-        folder = self.scratch / commit.name
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
         self.checkpoints.restore(commit, folder)
-        return load_state(folder / STATE)
-
-    def _written(self, name: str, state: TrainingState) -> Path:
-        """A new folder with the trained weights in the format that others read."""
-        folder = self.scratch / name
-        folder.mkdir()
-        values = {name: tensors["param"] for name, tensors in state.tensors.items()}
-        if isinstance(self.network, PeftModel):
-            save_adapter(self.network, folder, values)
-        else:
-            self.family.save(self.network, folder, values)
-        return folder
+        return load_state(folder / STATE) if isinstance(self.job.method, Lora) else load_sharded(folder)
 
 
 class _Songs:

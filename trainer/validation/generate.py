@@ -17,6 +17,7 @@ from torch import nn
 from trainer.adapt import apply, load_adapter
 from trainer.checkpoint import Checkpoints
 from trainer.codecs import open_codec
+from trainer.engine import load_sharded
 from trainer.families import Family, open_family
 from trainer.rundir import RunDirectory
 from trainer.spec.errors import JobError, StoreError, UtaforgeError
@@ -94,18 +95,22 @@ def load(run: RunDirectory, step: str) -> tuple[Family, nn.Module]:
         StoreError: there is no such checkpoint.
     """
     model, method = run.job.model, run.job.method
+    family = open_family(model)
+    network = family.network()
     if step == "base":
-        family = open_family(model)
-        return family, family.network()
+        return family, network
     with tempfile.TemporaryDirectory(prefix="utaforge-generate-") as scratch:
         folder = Path(scratch)
-        _fetch(run, step, "adapter" if isinstance(method, Lora) else "model", folder)
-        if not isinstance(method, Lora):
-            family = open_family(model.model_copy(update={"pretrained": folder.as_uri()}))
-            return family, family.network()
-        family = open_family(model)
-        network = apply(family.network(), method.model_copy(update={"init": None}), FAMILIES[model.family])
-        load_adapter(network, folder)
+        if isinstance(method, Lora):
+            _fetch(run, step, folder, finished="adapter")
+            network = apply(network, method.model_copy(update={"init": None}), FAMILIES[model.family])
+            load_adapter(network, folder)
+        else:
+            _fetch(run, step, folder)
+            tensors = load_sharded(folder).tensors
+            with torch.no_grad():
+                for name, parameter in network.named_parameters():
+                    parameter.copy_(tensors[name]["param"])
         return family, network
 
 
@@ -201,10 +206,10 @@ def _faults(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
 
 
-def _fetch(run: RunDirectory, step: str, result: str, into: Path) -> None:
-    finished = run.store.at(result)
-    if step == "last" and finished.manifest():
-        finished.fetch(into)
+def _fetch(run: RunDirectory, step: str, into: Path, finished: str | None = None) -> None:
+    """The files of a checkpoint; for the last one, those of the folder ``finished`` if it is there."""
+    if finished and step == "last" and run.store.at(finished).manifest():
+        run.store.at(finished).fetch(into)
         return
     checkpoints = Checkpoints(run.store.at("checkpoints"), run.job.checkpoint.keep)
     commits = list(checkpoints.commits())

@@ -1,8 +1,12 @@
-"""The MusicGen family: what the trainer sees of it."""
+"""The MusicGen family: what the trainer sees of it.
+
+The network is imported where it is made or used: preparing songs does without transformers, whose import takes seconds.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +18,12 @@ from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import MusicGen
 
-from .generate import generate
-from .network import MusicGenNetwork, unwrapped
 from .objective import delay
 from .text import TextEncoder, open_text_encoder
 from .weights import Release, load_network, open_release, save_network
+
+if TYPE_CHECKING:
+    from .network import MusicGenNetwork
 
 FRAME_RATE = 50.0
 """Frames per second, of EnCodec at 32 kHz and of the pocket codec alike."""
@@ -51,12 +56,14 @@ class MusicGenFamily(Family):
         """Of the network's configuration."""
         return self.release.decoder_config(0.0).vocab_size
 
-    def network(self) -> MusicGenNetwork:
+    def network(self) -> "MusicGenNetwork":
         """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
         return load_network(self.release, self.model.dropout)
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
+        from .network import unwrapped
+
         save_network(self.release, unwrapped(network), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
@@ -86,7 +93,7 @@ class MusicGenFamily(Family):
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy summed over all codebooks (``ce``) and over each (``ce/k``)."""
         codes, length, hidden, mask = (batch.tensors[n] for n in ("codes", "length", "text_hidden", "text_mask"))
-        ids, labels = delay(codes, length, unwrapped(network).pad)
+        ids, labels = delay(codes, length, self.vocabulary)
         books = network(ids, hidden, mask, labels=labels)
         return {"ce": books.sum(), **{f"ce/{k}": value.detach() for k, value in enumerate(books)}}
 
@@ -98,6 +105,8 @@ class MusicGenFamily(Family):
         Raises:
             DataError: a prompt is longer than the network has positions.
         """
+        from .generate import generate
+
         frames = [max(round(prompt.seconds * FRAME_RATE), 1) for prompt in prompts]
         for index, count in enumerate(frames):
             self._check_length(count, f"prompt {index + 1}")

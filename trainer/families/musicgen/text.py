@@ -5,16 +5,18 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from trainer.spec.errors import UtaforgeError
 
 from .weights import Release, local_folder, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 MAX_TOKENS = 512
 HASHED_TOKENS = 32
@@ -97,6 +99,8 @@ class T5Text:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -106,7 +110,9 @@ class T5Text:
             ) from error
 
     @cached_property
-    def _model(self) -> T5EncoderModel:
+    def _model(self) -> "T5EncoderModel":
+        from transformers import T5Config, T5EncoderModel
+
         config = T5Config.from_pretrained(self.folder)
         inside = "text_encoder" in (raw := T5Config.get_config_dict(self.folder)[0])
         if inside:

@@ -7,18 +7,19 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
 from trainer.spec.errors import UtaforgeError
 from trainer.store import open_store
 
-from .network import MusicGenNetwork
+if TYPE_CHECKING:
+    from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
+
+    from .network import MusicGenNetwork
 
 BUILTIN = Path(__file__).parents[2] / "builtin"
 ELSEWHERE = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.")
@@ -56,8 +57,10 @@ class Release:
         """Width of the text encoder's hidden states."""
         return self.config["text_encoder"]["d_model"]
 
-    def decoder_config(self, dropout: float) -> MusicgenDecoderConfig:
+    def decoder_config(self, dropout: float) -> "MusicgenDecoderConfig":
         """The decoder's configuration with the job's ``dropout`` in place of the released one."""
+        from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
+
         off = {"attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0}
         decoder = {**self.config["decoder"], **off, "dropout": dropout}
         decoder["pad_token_id"] = decoder["bos_token_id"] = decoder["vocab_size"]
@@ -85,12 +88,16 @@ def open_release(url: str) -> Release:
     return Release(url, folder, _read_config(folder, url))
 
 
-def load_network(release: Release, dropout: float) -> MusicGenNetwork:
+def load_network(release: Release, dropout: float) -> "MusicGenNetwork":
     """The network on the CPU in fp32; random weights follow from a fixed seed.
 
     Raises:
         UtaforgeError: keys or shapes are not those of the configuration; all of them are listed.
     """
+    from accelerate import init_empty_weights
+
+    from .network import MusicGenNetwork
+
     config = release.decoder_config(dropout)
     if release.folder is None:
         with torch.random.fork_rng(devices=[]):
@@ -111,7 +118,7 @@ def load_network(release: Release, dropout: float) -> MusicGenNetwork:
 
 def save_network(
     release: Release,
-    network: MusicGenNetwork,
+    network: "MusicGenNetwork",
     folder: Path,
     values: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
