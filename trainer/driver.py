@@ -56,13 +56,13 @@ def fit(run: RunDirectory) -> None:
             run.raise_reported_failure()
             after = checkpoints.newest()
             fruitless = 0 if after and (before is None or after.step > before.step) else fruitless + 1
-            reason = str(error).strip().splitlines()[-1:]
+            reason = _first_sentence(error)
             if fruitless == FRUITLESS_ATTEMPTS:
                 raise ClusterError(
                     f"the ranks of {run.name} were lost {fruitless} times in a row without a new checkpoint: {reason}",
                     "see logs/ in the run directory; lower checkpoint.every, or give the workers more memory",
                 ) from error
-            log.warning("a rank was lost: %s", *reason)
+            log.warning("a rank was lost: %s", reason)
             log.warning("starting the ranks again from step %d", after.step if after else 0)
 
 
@@ -89,6 +89,12 @@ def _trainer(run: RunDirectory) -> "TorchTrainer":
         ),
         run_config=RunConfig(name=run.name, failure_config=FailureConfig(max_failures=0), **_ray_storage(run)),
     )
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of the last line, where Ray names the cause; what follows there is advice for Ray's own users."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].partition(". ")[0].rstrip(".")
 
 
 def _rank(config: dict[str, str]) -> None:
