@@ -1,0 +1,67 @@
+"""Submitting the demo from a folder of its own, as people do, with the time of every line."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .figure import ROOT
+
+UTAFORGE = Path(sys.executable).with_name("utaforge")
+
+
+def demo() -> dict[str, Any]:
+    """``jobs/demo.yaml``."""
+    return yaml.safe_load((ROOT / "jobs" / "demo.yaml").read_text(encoding="utf-8"))
+
+
+class Bench:
+    """A folder with a job, its store, and a home for what runs on a machine share.
+
+    Args:
+        folder: an empty one.
+        job: a job file's content.
+    """
+
+    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
+        self.folder = folder
+        self.environment = {"UTAFORGE_HOME": str(folder / "home")}
+        (folder / "job.yaml").write_text(yaml.safe_dump(job, allow_unicode=True), encoding="utf-8")
+
+    def submit(self, name: str, *overrides: str) -> Path:
+        """Run the job to its end under the run name ``name``; returns its run directory."""
+        self.lines(name, *overrides)
+        return self.run(name)
+
+    def run(self, name: str) -> Path:
+        """The run directory of ``name``."""
+        return self.folder / "store" / "runs" / name
+
+    def lines(self, name: str, *overrides: str) -> list[tuple[float, str]]:
+        """Run the job to its end; what it says, with the seconds since its start."""
+        options = [part for override in overrides for part in ("--set", override)]
+        command = [str(UTAFORGE), "submit", "job.yaml", "--yes", "--run", name, *options]
+        return timed_lines(command, self.folder, self.environment)
+
+
+def timed_lines(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> list[tuple[float, str]]:
+    """What ``command`` says until its end, with the seconds since its start."""
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        told = [(time.perf_counter() - begin, line.rstrip()) for line in process.stdout]
+    said = "\n".join(line for _, line in told)
+    assert process.returncode == 0, f"{command[0]} ended with {process.returncode}:\n{said}"
+    return told
