@@ -6,6 +6,8 @@ BIN := .venv/bin
 HOME_DIR := $(CURDIR)/.utaforge
 READY := .venv/.ready
 JOB ?= jobs/demo.yaml
+GOLDEN ?= ../shared/golden
+PORT ?= 5000
 
 export UTAFORGE_HOME ?= $(HOME_DIR)
 export TORCH_EXTENSIONS_DIR ?= $(HOME_DIR)/cache/torch_extensions
@@ -42,8 +44,10 @@ list: $(READY) ## all runs
 doctor: $(READY) ## what is missing on this machine, and the cure
 	@$(BIN)/utaforge doctor
 
-ui: $(READY) ## MLflow on http://127.0.0.1:5000
-	@$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(UTAFORGE_HOME)/mlflow.db \
+ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
+	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT))).close()' 2>/dev/null || \
+		{ echo "port $(PORT) is in use; choose another: make ui PORT=5001"; exit 1; }
+	@$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(UTAFORGE_HOME)/mlflow.db \
 		--artifacts-destination $(UTAFORGE_HOME)/mlartifacts
 
 test: $(READY) ## all tests
@@ -65,14 +69,17 @@ bench: $(READY) ## measure, and write tests/bench/results
 demo-base: $(READY) ## make builtin:pocket again (codebooks and base network)
 	@$(BIN)/python -m trainer.builtin
 
-goldens: $(READY) ## write the golden files again, to be read in the diff
-	@$(BIN)/python -m tests.tools.goldens
+goldens: $(READY) ## write committed copies again: upstream's cases (from GOLDEN=../shared/golden) and the job schema
+	@for case in $$(cd tests/golden/cases && ls -d */*); do \
+		cp --no-preserve=mode $(GOLDEN)/$$case/*.json $(GOLDEN)/$$case/*.safetensors tests/golden/cases/$$case/; done
+	@$(BIN)/utaforge schema -o jobs/job.schema.json
+	@git diff --stat -- tests/golden jobs/job.schema.json
 
 lock: $(READY) ## resolve requirements.lock again
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --generate-hashes \
 		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
 
-clean: ## remove .venv and everything runs have left under .utaforge
-	@rm -rf .venv .utaforge
+clean: ## remove .venv and caches; runs, datasets and MLflow's records stay
+	@rm -rf .venv .utaforge/cache
 
 .PHONY: help setup submit plan prepare list doctor ui test check fix bench demo-base goldens lock clean
