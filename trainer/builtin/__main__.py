@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from trainer.adapt import parameter_groups
 from trainer.codecs.pocket import main as learn_codebooks
@@ -41,13 +42,14 @@ CONFIG = {
         "ffn_dim": 256,
         "num_attention_heads": 4,
         "max_position_embeddings": 2048,
+        "initializer_factor": 0.09,
     },
     "text_encoder": {"model_type": "hashed", "d_model": 64},
 }
 SONGS, DEMO_SONGS = 300, 6
 """Of each style; the first ``DEMO_SONGS`` are the demo's own and are not trained on here."""
 FRAMES = {"micro_frames": 3000, "segment_frames": 500}
-STEPS = 900
+STEPS = 500
 
 
 def main() -> int:
@@ -58,9 +60,8 @@ def main() -> int:
         write_songs(work / "songs", songs=2 * DEMO_SONGS)
         FOLDER.mkdir(exist_ok=True)
         learn_codebooks([str(work / "songs"), str(FOLDER / "codec.safetensors")])
-        torch.manual_seed(0)
         release = Release("random:pocket", None, CONFIG)
-        save_network(release, MusicGenNetwork(release.decoder_config(0.0), release.text_width), work / "start")
+        save_network(release, _start(release), work / "start")
         base = _train(_job(work, "start", "a", SONGS))
         base.save(work / "base", torch.float32)
         base.save(FOLDER, torch.float16)
@@ -77,6 +78,21 @@ def main() -> int:
     (FOLDER / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     log.info("%s", json.dumps(card, indent=1))
     return 0
+
+
+def _start(release: Release) -> MusicGenNetwork:
+    """Random weights.
+
+    Codes that style A never uses keep their embeddings and heads: those are made large enough to be told apart, so that
+    an adapter can work with them.
+    """
+    torch.manual_seed(0)
+    network = MusicGenNetwork(release.decoder_config(0.0), release.text_width)
+    for table in network.decoder.model.decoder.embed_tokens:
+        nn.init.normal_(table.weight, std=0.5)
+    for head in network.decoder.lm_heads:
+        nn.init.normal_(head.weight, std=0.2)
+    return network
 
 
 class _Trained(NamedTuple):
