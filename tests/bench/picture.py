@@ -1,4 +1,4 @@
-"""``python -m tests.bench.picture RUN_DIRECTORY OUT.png``: the first validation prompt's spectrogram, before and after."""
+"""``python -m tests.bench.picture RUN_DIRECTORY OUT.png``: the first prompt's spectrogram, before and after."""
 
 import sys
 from pathlib import Path

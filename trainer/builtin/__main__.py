@@ -88,10 +88,11 @@ def _start(release: Release) -> MusicGenNetwork:
     """
     torch.manual_seed(0)
     network = MusicGenNetwork(release.decoder_config(0.0), release.text_width)
-    for table in network.decoder.model.decoder.embed_tokens:
-        nn.init.normal_(table.weight, std=0.5)
-    for head in network.decoder.lm_heads:
-        nn.init.normal_(head.weight, std=0.2)
+    for name, weight in network.named_parameters():
+        if ".embed_tokens." in name:
+            nn.init.normal_(weight, std=0.5)
+        if ".lm_heads." in name:
+            nn.init.normal_(weight, std=0.2)
     return network
 
 
