@@ -24,7 +24,7 @@ _KINDS = {kind.exit_code: kind for kind in (UtaforgeError, StoreError, DataError
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _FROM_RANK = re.compile(r"^\((?:RayTrainWorker|run_rank_of) pid=\d+(?:, ip=[^)]+)?\) ?")
 _OF_RAY = re.compile(
-    r"^\(\w+ pid=\d+|^\[?\d{4}-\d\d-\d\d[ T][\d:,.]+.*\.(?:py|cc):\d+"
+    r"^\(raylet|^\(\w+ pid=\d+|^\[?\d{4}-\d\d-\d\d[ T][\d:,.]+.*\.(?:py|cc):\d+"
     r"|^Running entrypoint for job|^Setting up process group"
 )
 
@@ -114,13 +114,25 @@ def _see_through(run: Run, jobs: Jobs, attempt: Attempt, say: Say) -> JobStatus 
     try:
         jobs.submit(attempt.submission, [sys.executable, "-m", "trainer.driver", run.url])
         _tell(jobs.follow(attempt.submission), told, say)
-        return jobs.status(attempt.submission)
+        return _last_status(jobs, attempt)
     except KeyboardInterrupt:
         say("stopping the run")
         _stop(jobs, attempt)
         raise _interrupted(run) from None
     finally:
         _store_log(run, told)
+
+
+def _last_status(jobs: Jobs, attempt: Attempt) -> JobStatus | None:
+    """The status, asked for again if the connection breaks: it decides how the run ended."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while True:
+        try:
+            return jobs.status(attempt.submission)
+        except ClusterError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _tell(lines: Iterable[str], told: list[str], say: Say) -> None:
@@ -163,8 +175,9 @@ def _judge(run: Run, attempt: Attempt, status: JobStatus | None) -> None:
     if failure:
         error = _KINDS.get(failure.get("exit_code", TrainingError.exit_code), TrainingError)
         raise error(str(failure["problem"]), str(failure["cure"]))
+    reason = status.message.partition(", last available logs")[0].strip() if status else "its cluster has lost it"
     raise ClusterError(
-        f"run {run.name} failed: {status.message.strip() if status else 'its cluster has lost it'}",
+        f"run {run.name} failed: {reason}",
         f"see utaforge logs {run.name}; submitting again continues at step {run.newest_commit()}",
     )
 

@@ -119,10 +119,12 @@ class LocalBackend(Backend):
 
     def _spawn(self, folder: Path, command: list[str]) -> None:
         keeper = Path(__file__).with_name("keeper.py")
+        (folder / "scratch").mkdir()
         environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             **_RAY_ENVIRONMENT,
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "TMPDIR": str(folder / "scratch"),  # so that what killed processes leave goes with the cluster
             **self._environment,
         }
         with (folder / "start.log").open("wb") as output:
