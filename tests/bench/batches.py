@@ -21,7 +21,7 @@ from trainer.spec.model import Lora
 
 @dataclass(frozen=True)
 class Premade:
-    """What one rank needs to train: per step its micro-batches and the tokens that all ranks predict in it."""
+    """What one rank needs to train; ``steps``: its micro-batches, and the tokens that all ranks predict in them."""
 
     network: nn.Module
     family: Family
@@ -29,8 +29,8 @@ class Premade:
     steps: list[tuple[list[Micro], float]]
 
 
-def premade(folder: Path, rank: int, world: int) -> Premade:
-    """What ``rank`` sees in the run whose ``job.json`` and ``plan.json`` are in ``folder``, in the same order."""
+def premade(folder: Path, steps: int, rank: int, world: int) -> Premade:
+    """What ``rank`` sees in the first ``steps`` of the run whose directory is ``folder``, in the same order."""
     job = job_from_json((folder / "job.json").read_text(encoding="utf-8"))
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     family = open_family(job.model)
@@ -49,10 +49,10 @@ def premade(folder: Path, rank: int, world: int) -> Premade:
     def micro(batch: GlobalBatch, of: int) -> list[Micro]:
         return [(make_batch(datasets, part, family.collate, training=True), w) for part, w in share(batch, of, world)]
 
-    batches = list(islice(planner.batches(), job.train.steps))
-    steps = [
+    batches = list(islice(planner.batches(), steps))
+    made = [
         (micro(batch, rank), sum(w * b.counts["ce"] for of in range(world) for b, w in micro(batch, of)))
         for batch in batches
     ]
     network = apply(family.network(), job.method, FAMILIES[job.model.family], seed=job.train.seed)
-    return Premade(network, family, job.train.optimizer.lr, steps)
+    return Premade(network, family, job.train.optimizer.lr, made)

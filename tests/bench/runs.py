@@ -1,10 +1,15 @@
 """Submitting the demo from a folder of its own, as people do, with the time of every line."""
 
+import collections
+import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +47,35 @@ class Bench:
         """The run directory of ``name``."""
         return self.folder / "store" / "runs" / name
 
+    @contextmanager
+    def running(self, name: str, until: str) -> Iterator[subprocess.Popen[str]]:
+        """The job at work, from when a line begins with ``until``; interrupted afterwards."""
+        with subprocess.Popen(
+            self._command(name),
+            cwd=self.folder,
+            env={**os.environ, **self.environment, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            told = list(itertools.takewhile(lambda line: not line.startswith(until), process.stdout))
+            assert process.poll() is None, "".join(told)
+            drain = threading.Thread(target=collections.deque, args=(process.stdout, 0), daemon=True)
+            drain.start()
+            try:
+                yield process
+            finally:
+                process.send_signal(signal.SIGINT)
+                drain.join()
+
     def lines(self, name: str, *overrides: str) -> list[tuple[float, str]]:
         """Run the job to its end; what it says, with the seconds since its start."""
+        return timed_lines(self._command(name, *overrides), self.folder, self.environment)
+
+    def _command(self, name: str, *overrides: str) -> list[str]:
         options = [part for override in overrides for part in ("--set", override)]
-        command = [str(UTAFORGE), "submit", "job.yaml", "--yes", "--run", name, *options]
-        return timed_lines(command, self.folder, self.environment)
+        return [str(UTAFORGE), "submit", "job.yaml", "--yes", "--run", name, *options]
 
 
 def timed_lines(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> list[tuple[float, str]]:
