@@ -3,7 +3,6 @@
 import warnings
 
 import numpy as np
-import pyloudnorm
 from jaxtyping import Float
 
 _BLOCK_SECONDS = 0.4
@@ -16,6 +15,8 @@ def integrated(audio: Float[np.ndarray, "C N"], sample_rate: int) -> float:
     """
     if audio.shape[1] == 0 or not np.any(audio):
         return -np.inf
+    import pyloudnorm  # with scipy.signal, 1.5 s; the driver of a run needs neither when its data are up to date
+
     block = int(np.ceil(_BLOCK_SECONDS * sample_rate)) + 1
     if audio.shape[1] < block:
         audio = np.tile(audio, (1, -(-block // audio.shape[1])))
