@@ -3,6 +3,8 @@
 Speed is tokens a second, since the last step of an epoch is a short one. The run and the bare loop take turns of
 seconds on the same cores: while one is at it, everything that belongs to the other is stopped. So a machine that is
 busy with other things, now more and now less, slows both alike.
+
+One rank computes on one core. Ray's daemons and the tracking have the others, as they have beside a GPU.
 """
 
 import json
@@ -28,8 +30,9 @@ from .figure import ROOT, Figure, middle
 from .runs import Bench, demo
 
 log = logging.getLogger(__name__)
-RANKS, WARMUP_STEPS, STEPS = 2, 10, 6
+RANKS, WARMUP_STEPS, STEPS = 1, 10, 10
 """Processes; steps of the bare loop before the first turn, and in each."""
+ONE_CORE = {"OMP_NUM_THREADS": "1"}
 TURN_SECONDS = 5.0
 """Of the run. Longer pauses in between would make Ray doubt its own processes."""
 NICENESS = "15"
@@ -41,7 +44,7 @@ MIRROR_SECONDS = 15.0
 def measure(repeats: int = 15) -> Figure:
     """``repeats`` turns of each; the figure is the median of the ratios of neighbouring turns."""
     with tempfile.TemporaryDirectory(prefix="utaforge-bench-") as folder, ExitStack() as stack:
-        bench = Bench(Path(folder), _job())
+        bench = Bench(Path(folder), _job(), ONE_CORE)
         bench.submit("warm", "train.steps=1")
         bare = stack.enter_context(_Bare(bench, WARMUP_STEPS + repeats * STEPS))
         bare(WARMUP_STEPS)
@@ -85,6 +88,7 @@ def _job() -> dict[str, Any]:
     """The demo, so long that it is still at it when all turns are over, with nothing but steps."""
     job = demo()
     job["train"] |= {"steps": 1_000_000, "log_every": 1, "schedule": {"name": "constant", "warmup": 0}}
+    job["cluster"]["workers"] = RANKS
     job["checkpoint"], job["validation"] = {"every": 1_000_000}, {"every": 1_000_000}
     return job
 

@@ -31,11 +31,12 @@ class Bench:
     Args:
         folder: an empty one.
         job: a job file's content.
+        environment: variables for what runs in it.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, job: dict[str, Any], environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
-        self.environment = {"UTAFORGE_HOME": str(folder / "home")}
+        self.environment = {"UTAFORGE_HOME": str(folder / "home"), **(environment or {})}
         (folder / "job.yaml").write_text(yaml.safe_dump(job, allow_unicode=True), encoding="utf-8")
 
     def submit(self, name: str, *overrides: str) -> Path:
