@@ -83,7 +83,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         "after": engine.evaluate(share(0))["loss"],
         "weights": [float(values["param"].double().norm()) for values in final.tensors.values()],
         "moments": [float(values["exp_avg_sq"].double().sum()) for values in final.tensors.values()],
-        "song": songs[0].tolist(),
+        "song": songs[0]["codes"].tolist(),
         "milliseconds": round(1000 * float(np.median(seconds)), 1),
     }
 

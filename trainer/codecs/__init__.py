@@ -7,7 +7,10 @@ from trainer.spec.model import Model
 
 from .base import Codec
 
-_CODECS = {"pocket": "trainer.codecs.pocket:PocketCodec"}
+_CODECS = {
+    "encodec": "trainer.codecs.encodec:Encodec",
+    "pocket": "trainer.codecs.pocket:PocketCodec",
+}
 
 
 def open_codec(model: Model) -> Codec:

@@ -1,13 +1,14 @@
-"""What a codec is: audio ⇄ codes."""
+"""What a codec is: audio ⇄ codes or latents."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 
 class Codec(Protocol):
-    """Audio ⇄ codes, single device, numpy at the boundary.
+    """Audio ⇄ arrays of a shard row (``codes``, ``latents``, …), single device, numpy at the boundary.
 
     ``K`` codebooks, ``T`` frames, ``C`` channels, ``N`` samples.
     """
@@ -20,11 +21,14 @@ class Codec(Protocol):
     frame_rate: float
     codebooks: int
     vocabulary: int
+    """Entries in each codebook. Both are 0 where there are only latents."""
+    timed: tuple[str, ...]
+    """Arrays whose last axis is time, an entry a frame; the loader cuts them into segments together."""
 
-    def encode(self, audio: Float[np.ndarray, "C N"]) -> Int[np.ndarray, "K T"]:
-        """Codes of ``audio`` (at ``sample_rate`` with ``channels`` channels, floats in [-1, 1])."""
+    def encode(self, audio: Float[np.ndarray, "C N"]) -> dict[str, np.ndarray]:
+        """Arrays of ``audio`` (``channels`` channels at ``sample_rate``, floats in [-1, 1]), as shards keep them."""
         ...
 
-    def decode(self, codes: Int[np.ndarray, "K T"]) -> Float[np.ndarray, "C N"]:
-        """Audio of ``codes``."""
+    def decode(self, arrays: Mapping[str, np.ndarray]) -> Float[np.ndarray, "C N"]:
+        """Audio of such arrays."""
         ...

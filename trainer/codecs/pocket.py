@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ class PocketCodec:
     frame_rate = SAMPLE_RATE / HOP
     codebooks = CODEBOOKS
     vocabulary = VOCABULARY
+    timed = ("codes",)
 
     def __init__(self, books: Float[np.ndarray, "K V D"]) -> None:
         self._books = books.astype(np.float32)
@@ -68,18 +70,20 @@ class PocketCodec:
         url = model.codec.weights.get("codebooks")
         return cls(_read(BUILTIN if url is None else _local(url)))
 
-    def encode(self, audio: Float[np.ndarray, "1 N"]) -> Int[np.ndarray, "K T"]:
-        """Codes (int16) of ``audio``; the last frame is filled up with silence: ``T = ceil(N / 320)``."""
+    def encode(self, audio: Float[np.ndarray, "1 N"]) -> dict[str, np.ndarray]:
+        """``codes`` [4, T] (uint8) of ``audio``; the last frame is filled up with silence: ``T = ceil(N / 320)``."""
         coefficients = mdct(audio[0])
-        chunks = [quantise(coefficients[i : i + _CHUNK], self._books)[0] for i in range(0, len(coefficients), _CHUNK)]
-        return np.concatenate(chunks, axis=1) if chunks else np.zeros((CODEBOOKS, 0), np.int16)
+        starts = range(0, max(len(coefficients), 1), _CHUNK)
+        codes = np.concatenate([quantise(coefficients[i : i + _CHUNK], self._books)[0] for i in starts], axis=1)
+        return {"codes": codes.astype(np.uint8)}
 
-    def decode(self, codes: Int[np.ndarray, "K T"]) -> Float[np.ndarray, "1 N"]:
-        """Audio of ``codes``: ``N = 320 · T``. With fewer than four rows, a coarser sound.
+    def decode(self, arrays: Mapping[str, np.ndarray]) -> Float[np.ndarray, "1 N"]:
+        """Audio of ``codes`` [K, T]: ``N = 320 · T``. With fewer than four rows, a coarser sound.
 
         Raises:
             DataError: a code is not in 0..255, or there are more than four rows.
         """
+        codes = arrays["codes"]
         if codes.size and not (len(codes) <= CODEBOOKS and codes.min() >= 0 and codes.max() < VOCABULARY):
             raise DataError(
                 f"codes of shape {codes.shape}, {codes.min()} to {codes.max()}, are not the pocket codec's",

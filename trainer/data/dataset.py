@@ -125,7 +125,7 @@ class Dataset:
     @cached_property
     def format(self) -> ShardFormat:
         """What its arrays are."""
-        return ShardFormat(**self._manifest["format"])
+        return ShardFormat.from_dict(self._manifest["format"])
 
     @cached_property
     def failures(self) -> list[Failure]:
@@ -216,7 +216,7 @@ class Writer:
             self.songs.groups.append(song.group)
             self.songs.frames.append(song.frames)
             self.songs.seconds.append(song.seconds)
-            self.songs.highest.append(int(song.arrays["codes"].max(initial=0)))
+            self.songs.highest.append(self._format.highest_code(song.arrays))
             self.songs.shards.append(name)
             self.songs.rows.append(row)
 

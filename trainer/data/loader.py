@@ -145,10 +145,11 @@ def make_batch(datasets: Sequence[Dataset], segments: MicroBatch, collate: Colla
 
 def _example(dataset: Dataset, segment: Segment) -> Example:
     song = dataset.song(segment.song)
-    codes = song.arrays["codes"][:, segment.start : segment.start + segment.frames]
+    end = segment.start + segment.frames
+    cut = {name: song.arrays[name][..., segment.start : end] for name in dataset.format.timed}
     return Example(
         id=song.id,
-        arrays={**song.arrays, "codes": codes},
+        arrays={**song.arrays, **cut},
         text={"tags": song.tags, "lyrics": song.lyrics},
         seed=segment.seed,
     )

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -86,18 +87,14 @@ def prepare_songs(url: str, tools: Tools, progress: Progress | None = None) -> D
             log.info("%s is up to date (version %d)", url, current.version)
             return current
         store.check_writable()
-        writer = Writer(store, _format(tools, probe))
+        writer: Writer | None = None
         failures: list[Failure] = []
         prepared = _prepared(source, tools, failures, progress or (lambda *_: None))
-        shard: list[Song] = []
-        for song in prepared:
-            shard.append(song)
-            if len(shard) == tools.spec.shard_songs:
-                writer.add(_with_conditions(shard, tools.family))
-                shard = []
-        if shard:
-            writer.add(_with_conditions(shard, tools.family))
-    if not writer.songs:
+        while shard := list(islice(prepared, tools.spec.shard_songs)):
+            songs = _with_conditions(shard, tools.family)
+            writer = writer or Writer(store, _format(tools, songs[0]))
+            writer.add(songs)
+    if writer is None:
         raise _nothing(tools.spec, failures)
     return writer.commit(prepared_from, failures)
 
@@ -115,9 +112,8 @@ def _prepared_from(source: SongSource, tools: Tools, probe: dict[str, np.ndarray
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _format(tools: Tools, probe: dict[str, np.ndarray]) -> ShardFormat:
+def _format(tools: Tools, song: Song) -> ShardFormat:
     codec = tools.codec
-    dtypes = {name: array.dtype.name for name, array in probe.items()}
     return ShardFormat(
         family=tools.family_name,
         codec=codec.name,
@@ -126,7 +122,8 @@ def _format(tools: Tools, probe: dict[str, np.ndarray]) -> ShardFormat:
         frame_rate=codec.frame_rate,
         codebooks=codec.codebooks,
         vocabulary=codec.vocabulary,
-        dtypes={**dtypes, "codes": np.min_scalar_type(codec.vocabulary - 1).name},
+        timed=codec.timed,
+        dtypes={name: array.dtype.name for name, array in song.arrays.items()},
     )
 
 
@@ -156,9 +153,9 @@ def _encoded(source: SongSource, song: SourceSong, tools: Tools) -> Song:
     _check(audio, seconds, spec)
     if spec.loudness is not None:
         audio = normalise(audio, codec.sample_rate, spec.loudness)
-    codes = codec.encode(audio)
-    codes = codes.astype(np.min_scalar_type(codec.vocabulary - 1))
-    return Song(song.id, song.group, song.tags, song.lyrics, seconds, song.audio, {"codes": codes})
+    arrays = codec.encode(audio)
+    frames = arrays[codec.timed[0]].shape[-1]
+    return Song(song.id, song.group, song.tags, song.lyrics, seconds, frames, song.audio, arrays)
 
 
 def _check(audio: np.ndarray, seconds: float, spec: Prepare) -> None:

@@ -34,8 +34,9 @@ class Song:
         tags: caption or tags.
         lyrics: may be empty.
         seconds: length of its audio.
+        frames: ``T``, of all arrays that have a time axis.
         source: where it came from, for people.
-        arrays: ``codes`` [K, T], and what the family computes from the text.
+        arrays: what the codec made of its audio, and what the family computes from the text.
     """
 
     id: str
@@ -43,13 +44,9 @@ class Song:
     tags: str
     lyrics: str
     seconds: float
+    frames: int
     source: str
     arrays: Mapping[str, np.ndarray]
-
-    @property
-    def frames(self) -> int:
-        """Frames ``T`` of its codes."""
-        return int(self.arrays["codes"].shape[-1])
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,13 @@ class ShardFormat:
 
     Attributes:
         family: the model family whose conditions they hold.
-        codec: name of the codec that made the codes.
+        codec: name of the codec that made the codes or latents.
         codec_fingerprint: hash of that codec's weights.
-        sample_rate: of the audio behind the codes, Hz.
+        sample_rate: of the audio behind them, Hz.
         frame_rate: frames per second.
-        codebooks: ``K``.
+        codebooks: ``K`` of ``codes``, 0 for latents alone.
         vocabulary: entries in each codebook.
+        timed: arrays whose last axis is time.
         dtypes: numpy dtype of each array column.
     """
 
@@ -74,7 +72,18 @@ class ShardFormat:
     frame_rate: float
     codebooks: int
     vocabulary: int
+    timed: tuple[str, ...]
     dtypes: Mapping[str, str]
+
+    def highest_code(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """The largest code in the arrays of a song; -1 if it has none."""
+        codes = [arrays[name] for name in self.timed if arrays[name].dtype.kind in "iu"]
+        return max((int(array.max()) for array in codes if array.size), default=-1)
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "ShardFormat":
+        """What ``to_dict`` gave."""
+        return cls(**{**told, "timed": tuple(told.get("timed", ("codes",)))})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -122,7 +131,7 @@ class Shard:
         metadata = self._file.schema_arrow.metadata or {}
         if _KEY not in metadata:
             raise DataError(f"{path} is a Parquet file, but no shard of utaforge", "make it with `utaforge prepare`")
-        self.format = ShardFormat(**json.loads(metadata[_KEY]))
+        self.format = ShardFormat.from_dict(json.loads(metadata[_KEY]))
 
     def __len__(self) -> int:
         return self._file.metadata.num_rows
@@ -139,7 +148,7 @@ class Shard:
                 table = self._file.read_row_group(group)
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(error) from error
-        record = table.slice(index, 1).select([*_TEXT_COLUMNS, "seconds"]).to_pylist()[0]
+        record = table.slice(index, 1).select([*_TEXT_COLUMNS, "seconds", "frames"]).to_pylist()[0]
         return Song(**record, arrays={name: self._array(table, name, index) for name in self.format.dtypes})
 
     def _array(self, table: pa.Table, name: str, index: int) -> np.ndarray:
@@ -155,19 +164,19 @@ class Shard:
 
 
 def _check(song: Song, format: ShardFormat) -> None:
+    cure = "prepare it with this codec"
     found = {name: array.dtype.name for name, array in song.arrays.items()}
     if found != dict(format.dtypes):
+        raise DataError(f"song {song.id}: has arrays {found}, the dataset has {dict(format.dtypes)}", cure)
+    codes = song.arrays.get("codes")
+    if codes is not None and (codes.ndim != 2 or len(codes) != format.codebooks):
         raise DataError(
-            f"song {song.id}: has arrays {found}, the dataset has {dict(format.dtypes)}", "prepare it again"
+            f"song {song.id}: codes have shape {list(codes.shape)}, the codec makes [{format.codebooks}, T]", cure
         )
-    codes = song.arrays["codes"]
-    if codes.ndim != 2 or codes.shape[0] != format.codebooks:
+    if (highest := format.highest_code(song.arrays)) >= format.vocabulary:
         raise DataError(
-            f"song {song.id}: codes have shape {list(codes.shape)}, the codec makes [{format.codebooks}, T]",
-            "prepare it with this codec",
+            f"song {song.id}: holds code {highest}, but the codec has ids 0 to {format.vocabulary - 1}", cure
         )
-    if codes.size and int(codes.max()) >= format.vocabulary:
-        raise DataError(
-            f"song {song.id}: holds code {int(codes.max())}, but the codec has ids 0 to {format.vocabulary - 1}",
-            "prepare it with this codec",
-        )
+    for name in format.timed:
+        if song.arrays[name].shape[-1] != song.frames:
+            raise DataError(f"song {song.id}: has {song.frames} frames, its {name} {song.arrays[name].shape[-1]}", cure)

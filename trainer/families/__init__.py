@@ -4,9 +4,16 @@ from importlib import import_module
 
 from trainer.spec.model import Model
 
-from .base import Batch, Example, Family
+from .base import Arrays, Batch, Example, Family
 
-_ROOMS = {"musicgen": "trainer.families.musicgen.family:MusicGenFamily"}
+_ROOMS = {
+    "ace_step": "trainer.families.ace_step.family:AceStepFamily",
+    "fish_speech": "trainer.families.fish_speech.family:FishSpeechFamily",
+    "heartmula": "trainer.families.heartmula.family:HeartMuLaFamily",
+    "musicgen": "trainer.families.musicgen.family:MusicGenFamily",
+    "songbloom": "trainer.families.songbloom.family:SongBloomFamily",
+}
+FAMILY_NAMES = tuple(_ROOMS)
 
 
 def open_family(model: Model) -> Family:
@@ -15,4 +22,4 @@ def open_family(model: Model) -> Family:
     return getattr(import_module(module), name)(model)
 
 
-__all__ = ["Batch", "Example", "Family", "open_family"]
+__all__ = ["FAMILY_NAMES", "Arrays", "Batch", "Example", "Family", "open_family"]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from trainer.spec.job import Prompt, Sampling
+
+Arrays = Mapping[str, np.ndarray]
+"""Arrays of a shard row by name: ``codes`` [K, T], ``latents`` [..., T], …."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,13 @@ class Example:
 
     Attributes:
         id: the song's id in its dataset.
-        arrays: arrays of the shard row, time-like ones already cut to the segment (``codes`` [K, T], …).
+        arrays: of the shard row, those with a time axis already cut to the segment.
         text: ``tags``, ``lyrics``, ….
         seed: of every random draw made for this visit of this song (dropouts); follows from the plan alone.
     """
 
     id: str
-    arrays: Mapping[str, np.ndarray]
+    arrays: Arrays
     text: Mapping[str, str]
     seed: int
 
@@ -56,10 +58,11 @@ class Family(ABC):
     terms: Mapping[str, float]
     """Loss terms and their weights: total = Σ weight · sum / count."""
     frame_rate: float
-    """Frames per second of the codes."""
+    """Frames per second of the codes or latents."""
     codebooks: int
+    """Of the codes; 0 for latents alone."""
     vocabulary: int
-    """Codes that the network knows, in each codebook."""
+    """Codes that the network knows, in each codebook; 0 for latents alone."""
     segment_seconds: float
     """Longer songs are cut into segments of at most this length."""
 
@@ -90,7 +93,5 @@ class Family(ABC):
         """Loss *sums* by term (scalars, fp32); divide by ``batch.counts`` for means."""
 
     @abstractmethod
-    def generate(
-        self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> list[Int[np.ndarray, "K T"]]:
-        """Codes for each prompt, in one batch, reproducible from each prompt's seed, whatever else is in the batch."""
+    def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
+        """What the codec decodes, for each prompt; one batch, each song a matter of its own prompt and seed alone."""

@@ -112,7 +112,8 @@ def codec_of(model: Model) -> str:
     """The codec's name: as given, else what the weights were made with."""
     if model.codec.name:
         return model.codec.name
-    return "pocket" if model.pretrained in ("builtin:pocket", "random:tiny") else FAMILIES[model.family].codecs[0]
+    small = model.family == "musicgen" and model.pretrained in ("builtin:pocket", "random:tiny")
+    return "pocket" if small else FAMILIES[model.family].codecs[0]
 
 
 def dims_of(model: Model) -> Dims:

@@ -99,6 +99,8 @@ def _harmful_targets(job: "Job") -> Iterator[Fault]:
 
 
 def _adapter_start(job: "Job") -> Iterator[Fault]:
+    if isinstance(job.method, Lora) and job.method.pissa and job.method.dora:
+        yield Fault(("method", "pissa"), "dora changes what PiSSA has taken out of the base; remove one of the two")
     if isinstance(job.method, Lora) and job.method.pissa and job.method.init:
         yield Fault(("method", "pissa"), "the adapter starts from method.init already; remove one of the two")
 

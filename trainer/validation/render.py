@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Int
 from torch import nn
 
 from trainer.audio.measures import measure
 from trainer.audio.write import Format, encode
 from trainer.checkpoint import folder_of
 from trainer.codecs import Codec
-from trainer.families import Family
+from trainer.families import Arrays, Family
 from trainer.spec.errors import StoreError
 from trainer.spec.job import Prompt, Sampling, ValidationSpec
 from trainer.store import Store
@@ -75,7 +73,7 @@ def render(
 
     Args:
         network: in eval mode, as ``Engine.generating`` gives it.
-        family: generates codes.
+        family: generates.
         codec: makes them audible.
         validation: prompts, sampling and file format.
         rank: of this process.
@@ -91,12 +89,12 @@ def render(
         batch = prompts[start : start + TOGETHER]
         wanted = [prompt for _, prompt in batch]
         sampling = validation.sampling
-        all_codes = (
+        made = (
             family.generate(network, wanted, sampling) if lockstep else _generate(network, family, wanted, sampling)
         )
-        for (index, prompt), codes in zip(batch, all_codes, strict=True):
-            if codes is not None and index % world == rank:
-                songs.append(_finish(index, prompt, codes, codec, validation.format))
+        for (index, prompt), arrays in zip(batch, made, strict=True):
+            if arrays is not None and index % world == rank:
+                songs.append(_finish(index, prompt, arrays, codec, validation.format))
     return songs
 
 
@@ -124,8 +122,8 @@ def store_audio(store: Store, step: int, songs: Sequence[Rendered]) -> Stored:
 
 def _generate(
     network: nn.Module, family: Family, prompts: Sequence[Prompt], sampling: Sampling
-) -> list[Int[np.ndarray, "K T"] | None]:
-    """Codes of each prompt, together or one by one as memory allows; None where it does not."""
+) -> list[Arrays | None]:
+    """What each prompt gave, together or one by one as memory allows; None where it does not."""
     try:
         return list(family.generate(network, prompts, sampling))
     except torch.OutOfMemoryError as error:
@@ -134,11 +132,11 @@ def _generate(
             log.warning("no memory to render a song of %g s, it is left out: %s", prompts[0].seconds, problem)
             return [None]
     torch.cuda.empty_cache()
-    return [codes for prompt in prompts for codes in _generate(network, family, [prompt], sampling)]
+    return [arrays for prompt in prompts for arrays in _generate(network, family, [prompt], sampling)]
 
 
-def _finish(index: int, prompt: Prompt, codes: Int[np.ndarray, "K T"], codec: Codec, format: Format) -> Rendered:
-    audio = codec.decode(codes)
+def _finish(index: int, prompt: Prompt, arrays: Arrays, codec: Codec, format: Format) -> Rendered:
+    audio = codec.decode(arrays)
     measures = measure(audio, codec.sample_rate, prompt.seconds)
     return Rendered(index, prompt, f"prompt-{index:02d}.{format}", encode(audio, codec.sample_rate, format), measures)
 

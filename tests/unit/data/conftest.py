@@ -17,6 +17,7 @@ FORMAT = ShardFormat(
     frame_rate=50.0,
     codebooks=4,
     vocabulary=256,
+    timed=("codes",),
     dtypes={"codes": "uint8", "text_hidden": "float16"},
 )
 
@@ -28,7 +29,7 @@ def make_song(name: str, frames: int = 20, group: str = "歌手") -> Song:
         "codes": dice.integers(0, 256, (4, frames), dtype=np.uint8),
         "text_hidden": dice.standard_normal((frames % 3, 8)).astype(np.float16),
     }
-    return Song(name, group, "明るい, fast", "[verse]\nさくら さくら", frames / 50, f"{name}.wav", arrays)
+    return Song(name, group, "明るい, fast", "[verse]\nさくら さくら", frames / 50, frames, f"{name}.wav", arrays)
 
 
 def write(url: str, songs: Sequence[Song], shard_songs: int = 3) -> Dataset:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer.families import Example, open_family
+from trainer.families import Example, cross_entropy, open_family
 from trainer.families.musicgen import objective
 from trainer.families.musicgen.family import MusicGenFamily
 from trainer.families.musicgen.generate import generate
@@ -55,11 +55,11 @@ def test_chunked_loss_has_the_gradient_of_the_whole(network: MusicGenNetwork, mo
     hidden = torch.randn(2, 25, 64, generator=torch.Generator().manual_seed(0))
     _, labels = objective.delay(torch.randint(256, (2, 4, 22)), torch.tensor([22, 9]), pad=256)
     gradients = []
-    for chunk in (objective.CHUNK, 5):
-        monkeypatch.setattr(objective, "CHUNK", chunk)
+    for chunk in (cross_entropy.CHUNK_BYTES, 5 * 4 * 256):
+        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk)
         leaf = hidden.clone().requires_grad_()
         heads = network.decoder.lm_heads
-        objective.cross_entropy_sums(leaf, objective.labelled(labels), heads).sum().backward()
+        objective.cross_entropy_sums(leaf, labels, heads, 256).sum().backward()
         gradients.append(leaf.grad)
     assert torch.allclose(*gradients, atol=1e-5)
 
@@ -95,7 +95,7 @@ def test_dropout_is_the_jobs() -> None:
 
 def test_greedy_generation_is_what_teacher_forcing_predicts(family: MusicGenFamily, network: MusicGenNetwork) -> None:
     prompts = [Prompt(tags=tags, seconds=0.4 + 0.2 * i, seed=i) for i, tags in enumerate(TAGS)]
-    songs = family.generate(network, prompts, GREEDY)
+    songs = [song["codes"] for song in family.generate(network, prompts, GREEDY)]
     assert [song.shape for song in songs] == [(4, 20), (4, 30), (4, 40)]
     for prompt, song in zip(prompts, songs, strict=True):
         (condition,) = family.conditions([{"tags": prompt.tags}])
@@ -109,7 +109,7 @@ def test_greedy_generation_is_what_teacher_forcing_predicts(family: MusicGenFami
 def test_guidance_is_the_difference_of_two_whole_passes(family: MusicGenFamily, network: MusicGenNetwork) -> None:
     (song,) = family.generate(network, [Prompt(tags=TAGS[0], seconds=0.3)], Sampling(guidance=4, top_k=1))
     (condition,) = family.conditions([{"tags": TAGS[0]}])
-    batch = family.collate([Example("", {"codes": song, **condition}, {}, 0)], training=False)
+    batch = family.collate([Example("", {**song, **condition}, {}, 0)], training=False)
     hidden, mask = batch.tensors["text_hidden"], batch.tensors["text_mask"]
     ids, labels = objective.delay(batch.tensors["codes"], batch.tensors["length"], network.pad)
     with torch.no_grad():
@@ -126,9 +126,9 @@ def test_a_prompts_song_depends_on_its_seed_and_not_on_its_company(
     together = family.generate(network, prompts, sampling)
     for prompt, song in zip(prompts, together, strict=True):
         (alone,) = family.generate(network, [prompt], sampling)
-        assert np.array_equal(alone, song)
+        assert np.array_equal(alone["codes"], song["codes"])
     other = family.generate(network, [prompts[0].model_copy(update={"seed": 8})], sampling)
-    assert not np.array_equal(other[0], together[0])
+    assert not np.array_equal(other[0]["codes"], together[0]["codes"])
 
 
 def test_sampling_follows_the_distribution_and_top_k() -> None:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
-from trainer.families.base import Batch, Example, Family
+from trainer.families.base import Arrays, Batch, Example, Family
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import MusicGen
@@ -97,10 +96,8 @@ class MusicGenFamily(Family):
         books = network(ids, hidden, mask, labels=labels)
         return {"ce": books.sum(), **{f"ce/{k}": value.detach() for k, value in enumerate(books)}}
 
-    def generate(
-        self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> list[Int[np.ndarray, "K T"]]:
-        """Codes for the prompts' tags; see ``generate.generate``.
+    def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
+        """``codes`` [K, T] for the prompts' tags; see ``generate.generate``.
 
         Raises:
             DataError: a prompt is longer than the network has positions.
@@ -112,7 +109,8 @@ class MusicGenFamily(Family):
             self._check_length(count, f"prompt {index + 1}")
         conditions = self.conditions([{"tags": prompt.tags} for prompt in prompts])
         text = _text_batch([condition["text_hidden"] for condition in conditions])
-        return generate(network, frames, [prompt.seed for prompt in prompts], *text, sampling)
+        seeds = [prompt.seed for prompt in prompts]
+        return [{"codes": codes} for codes in generate(network, frames, seeds, *text, sampling)]
 
     @cached_property
     def release(self) -> Release:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, MusicgenForCausalLM
 from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
-from .objective import cross_entropy_sums, labelled
+from .objective import cross_entropy_sums
 
 
 class MusicGenNetwork(nn.Module):
@@ -53,7 +53,6 @@ class MusicGenNetwork(nn.Module):
 
         A row without any text is unconditional. With a ``cache``, ``ids`` continue what the cache holds.
         """
-        targets = labelled(labels) if labels is not None else None
         projection = self.enc_to_dec_proj
         text = projection(text_hidden.to(projection.weight.dtype)) * text_mask[..., None]
         # Keys and values of a zero row are zero (no biases), so that attending to all of it is attending to nothing,
@@ -67,8 +66,8 @@ class MusicGenNetwork(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
         heads = self.decoder.lm_heads
-        if targets is not None:
-            return cross_entropy_sums(hidden, targets, heads)
+        if labels is not None:
+            return cross_entropy_sums(hidden, labels, heads, self.config.vocab_size)
         return torch.stack([head(hidden) for head in heads], dim=1)
 
 

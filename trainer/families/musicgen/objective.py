@@ -11,11 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-NO_LABEL = -100
-CHUNK = 8192
-"""Positions whose logits exist at the same time, in one codebook."""
+from trainer.families.cross_entropy import NO_LABEL, chunked_sum, labelled
 
 
 def delay(
@@ -40,32 +37,10 @@ def delay(
     return ids.masked_fill(ids == NO_LABEL, pad), labels
 
 
-def labelled(labels: Int[Tensor, "B K S"]) -> list[tuple[Int[Tensor, " N"], Int[Tensor, " N"]]]:
-    """For each codebook, where labels are (indices into ``B·S``) and what they are."""
-    flat = labels.transpose(0, 1).flatten(1)
-    places = [row.ne(NO_LABEL).nonzero().squeeze(1) for row in flat]
-    return [(place, row[place]) for place, row in zip(places, flat, strict=True)]
-
-
 def cross_entropy_sums(
-    hidden: Float[Tensor, "B S D"],
-    targets: Iterable[tuple[Int[Tensor, " N"], Int[Tensor, " N"]]],
-    heads: Iterable[nn.Module],
+    hidden: Float[Tensor, "B S D"], labels: Int[Tensor, "B K S"], heads: Iterable[nn.Module], vocabulary: int
 ) -> Float[Tensor, " K"]:
-    """Summed cross entropy of each codebook, fp32; logits are made only where there are targets, a chunk at a time."""
+    """Summed cross entropy of each codebook, fp32; logits are made only where there are labels, a chunk at a time."""
     flat = hidden.flatten(0, 1)
-    return torch.stack(
-        [_book_sum(flat[places], wanted, head) for (places, wanted), head in zip(targets, heads, strict=True)]
-    )
-
-
-def _book_sum(hidden: Tensor, wanted: Tensor, head: nn.Module) -> Tensor:
-    if len(wanted) <= CHUNK:
-        return _chunk_sum(hidden, wanted, head)
-    chunks = zip(hidden.split(CHUNK), wanted.split(CHUNK), strict=True)
-    sums = [checkpoint(_chunk_sum, *chunk, head, use_reentrant=False) for chunk in chunks]
-    return torch.stack([value for value in sums if value is not None]).sum()
-
-
-def _chunk_sum(hidden: Tensor, wanted: Tensor, head: nn.Module) -> Tensor:
-    return functional.cross_entropy(head(hidden).float(), wanted, reduction="sum")
+    books = zip(map(labelled, labels.unbind(1)), heads, strict=True)
+    return torch.stack([chunked_sum(flat[places], wanted, head, vocabulary) for (places, wanted), head in books])

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from trainer.families.weights import local_path, tensors
 from trainer.spec.errors import UtaforgeError
 
-from .weights import Release, local_folder, read_tensors
+from .weights import Release
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -35,7 +36,7 @@ class TextEncoder(Protocol):
 def open_text_encoder(release: Release, override: str | None) -> TextEncoder:
     """The encoder of ``release``, or the T5 at URL ``override``; weights are loaded when first used."""
     if override is not None:
-        return T5Text(local_folder(override), release.text_width)
+        return T5Text(local_path(override, "model.text_encoder"), release.text_width)
     if release.folder is None or release.config["text_encoder"].get("model_type") == "hashed":
         return HashedText(release.text_width)
     return T5Text(release.folder, release.text_width)
@@ -125,7 +126,7 @@ class T5Text:
         prefix = "text_encoder." if inside else ""
         state = {
             name.removeprefix(prefix): tensor.float()
-            for name, tensor in read_tensors(self.folder)
+            for name, tensor in tensors(self.folder)
             if name.startswith(prefix) and not name.startswith(("decoder.", "lm_head."))
         }
         model = T5EncoderModel(config).eval().requires_grad_(False)

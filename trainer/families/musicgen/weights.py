@@ -1,20 +1,18 @@
 """MusicGen's weights: ``builtin:pocket``, ``random:…`` or an official release; strictly loaded, saved alike."""
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.families.weights import load, local_path, random_weights, read_json, tensors
 from trainer.spec.errors import UtaforgeError
-from trainer.store import open_store
 
 if TYPE_CHECKING:
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
@@ -84,7 +82,7 @@ def open_release(url: str) -> Release:
             None,
             {"decoder": RANDOM[rest], "text_encoder": {"model_type": "hashed", "d_model": RANDOM_TEXT_WIDTH[rest]}},
         )
-    folder = _builtin(rest) if scheme == "builtin" else local_folder(url)
+    folder = _builtin(rest) if scheme == "builtin" else local_path(url, "model.pretrained")
     return Release(url, folder, _read_config(folder, url))
 
 
@@ -94,26 +92,16 @@ def load_network(release: Release, dropout: float) -> "MusicGenNetwork":
     Raises:
         UtaforgeError: keys or shapes are not those of the configuration; all of them are listed.
     """
-    from accelerate import init_empty_weights
-
     from .network import MusicGenNetwork
 
     config = release.decoder_config(dropout)
+
+    def make() -> MusicGenNetwork:
+        return MusicGenNetwork(config, release.text_width)
+
     if release.folder is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return MusicGenNetwork(config, release.text_width)
-    with init_empty_weights(include_buffers=False):
-        network = MusicGenNetwork(config, release.text_width)
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    state = {
-        name: tensor.to(torch.float32)
-        for name, tensor in read_tensors(release.folder)
-        if name in expected or not name.startswith(ELSEWHERE)
-    }
-    _check(expected, {name: tuple(value.shape) for name, value in state.items()}, release.url)
-    network.load_state_dict(state, strict=True, assign=True)
-    return network
+        return random_weights(make)
+    return load(make, tensors(release.folder), release.url, ELSEWHERE)
 
 
 def save_network(
@@ -135,7 +123,7 @@ def save_network(
     folder.mkdir(parents=True, exist_ok=True)
     state = {**network.state_dict(), **(values or {})}
     if release.folder is not None:
-        state |= {name: tensor for name, tensor in read_tensors(release.folder) if name.startswith(ELSEWHERE)}
+        state |= {name: tensor for name, tensor in tensors(release.folder) if name.startswith(ELSEWHERE)}
         for file in release.folder.iterdir():
             if file.suffix in (".json", ".model", ".txt") and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
@@ -146,57 +134,6 @@ def save_network(
         folder / "model.safetensors",
         {"format": "pt"},
     )
-
-
-def local_folder(url: str) -> Path:
-    """A folder of this machine that holds the files at ``url`` (``file://``, ``s3://``, ``gs://``)."""
-    if url.startswith("file://"):
-        folder = Path(url.removeprefix("file://"))
-        if not folder.is_dir():
-            raise UtaforgeError(f"model.pretrained: there is no folder {folder}", "name the folder of the release")
-        return folder
-    home = Path(os.environ.get("UTAFORGE_HOME", ".utaforge"))
-    folder = home / "cache" / "weights" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    store = open_store(url)
-    for entry in store.list():
-        target = folder / entry.path
-        if "/" in entry.path or (target.exists() and target.stat().st_size == entry.bytes):
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        store.download(entry.path, target)
-    return folder
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a release: ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards.
-
-    Raises:
-        UtaforgeError: there is no such file, or the index names a file that is not there.
-    """
-    for base in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{base}.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        elif (folder / base).exists():
-            names = [base]
-        else:
-            continue
-        for name in names:
-            yield from _tensors_of(folder / Path(name).name)
-        return
-    raise UtaforgeError(
-        f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor an index of shards)",
-        "copy the whole release into one folder",
-    )
-
-
-def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    if not file.exists():
-        raise UtaforgeError(f"{file} is named by the index of shards but is not there", "copy the whole release")
-    if file.suffix == ".safetensors":
-        yield from load_file(file).items()
-    else:
-        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
 
 
 def _builtin(name: str) -> Path:
@@ -211,13 +148,8 @@ def _builtin(name: str) -> Path:
 
 def _read_config(folder: Path, url: str) -> dict[str, Any]:
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UtaforgeError(f"{url} has no config.json", "name the folder of an official MusicGen release") from error
-    except ValueError as error:
-        raise UtaforgeError(f"{file} is not JSON: {error}", "copy it again") from error
-    decoder = config.get("decoder") if isinstance(config, dict) else None
+    config = read_json(file)
+    decoder = config.get("decoder")
     if config.get("model_type") != "musicgen" or not isinstance(decoder, dict) or "text_encoder" not in config:
         raise UtaforgeError(
             f"{file} describes {config.get('model_type')!r}, not 'musicgen' with a decoder and a text_encoder",
@@ -226,21 +158,3 @@ def _read_config(folder: Path, url: str) -> dict[str, Any]:
     if decoder.get("audio_channels", 1) != 1:
         raise UtaforgeError(f"{url} is a stereo MusicGen", "use a mono release (musicgen-small, -medium or -large)")
     return config
-
-
-def _check(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], url: str) -> None:
-    problems = [
-        *(f"missing: {name}" for name in sorted(expected.keys() - found.keys())),
-        *(f"unexpected: {name}" for name in sorted(found.keys() - expected.keys())),
-        *(
-            f"{name} is {found[name]}, should be {expected[name]}"
-            for name in sorted(expected.keys() & found.keys())
-            if expected[name] != found[name]
-        ),
-    ]
-    if problems:
-        raise UtaforgeError(
-            f"the weights at {url} are not those of its config.json ({len(problems)} differences):\n  "
-            + "\n  ".join(problems),
-            "copy the whole release, config.json and weights of the same model",
-        )
