@@ -156,7 +156,8 @@ def _stop(jobs: Jobs, attempt: Attempt) -> None:
 
 def _store_log(run: Run, told: list[str]) -> None:
     try:
-        run.store.put("logs/driver.log", "\n".join([*told, ""]).encode())
+        before = run.store.get_or_none("logs/driver.log") or b""
+        run.store.put("logs/driver.log", before + "\n".join([*told, ""]).encode())
     except StoreError as error:
         log.warning("the log was not stored: %s", error.problem)
 

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -247,7 +248,8 @@ class Engine:
             for key, value in self._sharing.read(parameter, started=self.updates > 0).items():
                 shares[f"{key}/{name}"] = _share(value, mesh, self.rank) if mesh else value.detach().cpu()
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save_checkpoint(shares, storage_writer=writer, no_dist=mesh is None)
+        with _alone_on_purpose():
+            save_checkpoint(shares, storage_writer=writer, no_dist=mesh is None)
         if self.rank == 0:
             (folder / NUMBERS).write_text(
                 _numbers(TrainingState(self.steps, self.updates, self.scale)), encoding="utf-8"
@@ -343,6 +345,14 @@ def remove_stale_locks() -> None:
         lock.unlink(missing_ok=True)
 
 
+@contextmanager
+def _alone_on_purpose() -> Iterator[None]:
+    """Without PyTorch's warning that a checkpoint is written or read by a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
 class _TensorsOnDisk(Mapping[str, Mapping[str, Tensor]]):
     """The tensors of a sharded state, put together from their shards one parameter at a time."""
 
@@ -354,7 +364,8 @@ class _TensorsOnDisk(Mapping[str, Mapping[str, Tensor]]):
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
         values = {key: torch.empty(self._sizes[f"{key}/{name}"]) for key in ("param", *MOMENTS)}
         wanted = {f"{key}/{name}": value for key, value in values.items()}
-        load_checkpoint(wanted, storage_reader=HuggingFaceStorageReader(self._folder), no_dist=True)
+        with _alone_on_purpose():
+            load_checkpoint(wanted, storage_reader=HuggingFaceStorageReader(self._folder), no_dist=True)
         return values
 
     def __iter__(self) -> Iterator[str]:

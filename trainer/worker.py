@@ -39,7 +39,7 @@ from trainer.spec.model import Lora
 from trainer.tracking import End, Follower, Journal, SystemMetrics
 from trainer.validation.render import render, store_audio
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("trainer.worker")
 STATE = "state.safetensors"
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Ranks wait for each other this long; rendering long validation songs takes some ranks longer than others."""
@@ -300,8 +300,9 @@ def _unexpected(error: Exception) -> TrainingError:
 
 @contextmanager
 def _logging(run: RunDirectory, rank: int, scratch: Path) -> Iterator[None]:
-    """This rank's words go to ``logs/rank-N.log`` of the run directory, rank 0's to standard output too."""
-    path = scratch / f"rank-{rank}.log"
+    """This rank's words are added to ``logs/rank-N.log`` of the run directory, rank 0's to standard output too."""
+    name, path = f"logs/rank-{rank}.log", scratch / f"rank-{rank}.log"
+    path.write_bytes(run.store.get_or_none(name) or b"")
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = logging.StreamHandler(sys.stdout)
@@ -310,7 +311,7 @@ def _logging(run: RunDirectory, rank: int, scratch: Path) -> Iterator[None]:
     before = own.level, own.propagate
     own.setLevel(logging.INFO)
     own.propagate = False
-    mirror = Mirror(run.store, f"logs/rank-{rank}.log", path)
+    mirror = Mirror(run.store, name, path)
     for handler in (file, screen):
         own.addHandler(handler)
     try:

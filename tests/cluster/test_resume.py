@@ -187,6 +187,16 @@ def test_a_killed_cluster_and_launcher_cost_nothing_but_the_steps_since_the_newe
     assert "run sakura is finished" in story.said[2]
 
 
+def test_logs_of_all_attempts_remain(story: Story) -> None:
+    driver, rank = (
+        (story.store.run() / "logs" / f"{name}.log").read_text(encoding="utf-8") for name in ("driver", "rank-0")
+    )
+    assert re.search(r"step 1/24 · loss", rank)
+    assert len(re.findall("going on from step", rank)) == len(story.resumed)
+    assert "a rank was lost" in driver
+    assert f"going on from step {story.resumed[2]}" in driver
+
+
 def test_nothing_is_left_running_by_any_death(story: Story) -> None:
     assert story.left == [[], [], []]
 

@@ -1,0 +1,128 @@
+"""A full fine-tune on two ranks: each uploads its share of a checkpoint; ``kill -9`` of both, and going on is exact."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from launcher.backends.local import free_ports
+from launcher.plan import plan
+from launcher.runs import create_or_resume
+from tests.cluster.conftest import COMPILED, eventually
+from trainer.data.prepare import prepare
+from trainer.spec import load_job
+
+WORLD = 2
+JOB = """\
+name: hanabi
+store: file://{folder}
+model: {{family: musicgen, pretrained: "random:tiny", segment_seconds: 5}}
+method: {{type: full}}
+data:
+  train: [{{dataset: file://{songs}}}]
+  validation: {{fraction: 0.25, by: song}}
+  prepare: {{source: {{type: demo, style: b, songs: 8}}}}
+train: {{steps: 12, strategy: zero2, batch: {{seconds: 60, micro_seconds: 10}}, log_every: 1}}
+checkpoint: {{every: 4}}
+cluster: {{backend: local, workers: 2}}
+"""
+
+
+class Attempt:
+    """Both ranks of a run, at work as ``torchrun`` would start them."""
+
+    def __init__(self, run: Path) -> None:
+        (port,) = free_ports(1)
+        common = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(COMPILED)),
+            "UTAFORGE_HOME": str(run.parent / "home"),
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(WORLD),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "trainer.worker", f"file://{run}"],
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=(run.parent / f"rank-{rank}.txt").open("ab"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(WORLD)
+        ]
+
+    def end(self) -> list[int]:
+        """Exit codes."""
+        return [rank.wait(300) for rank in self.ranks]
+
+    def kill(self) -> None:
+        """``kill -9``."""
+        for rank in self.ranks:
+            rank.send_signal(signal.SIGKILL)
+        self.end()
+
+
+def commits(run: Path) -> list[int]:
+    return sorted(int(path.parent.name[5:]) for path in run.glob("checkpoints/*/manifest.json"))
+
+
+def learnt(run: Path) -> list[tuple[int, str, float]]:
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        (entry["step"], key, value)
+        for entry in entries
+        for key, value in entry.get("metrics", {}).items()
+        if key.startswith(("train/", "validation/"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
+    """Two runs of one job: one to its end, one killed on the way and gone on with."""
+    folder = tmp_path_factory.mktemp("花")
+    made: list[Path] = []
+    for name in ("whole", "killed"):
+        path = folder / f"{name}.yaml"
+        path.write_text(JOB.format(folder=folder / name, songs=folder / "songs"), encoding="utf-8")
+        job = load_job(str(path))
+        prepare(job)
+        create_or_resume(job, plan(job).as_json())
+        made.append(folder / name / "runs" / "hanabi")
+    whole, killed = made
+    assert Attempt(whole).end() == [0] * WORLD
+    first = Attempt(killed)
+    eventually(lambda: commits(killed))
+    first.kill()
+    assert commits(killed)[-1] < 12
+    assert Attempt(killed).end() == [0] * WORLD
+    return made
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_full_fine_tune_goes_on_exactly(runs: Sequence[Path]) -> None:
+    whole, killed = runs
+    assert "going on from step" in (killed.parent / "rank-0.txt").read_text(encoding="utf-8")
+    assert learnt(killed) == learnt(whole)
+    one, other = (load_file(run / "model" / "model.safetensors") for run in runs)
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_every_rank_has_its_own_files_in_a_checkpoint(runs: Sequence[Path]) -> None:
+    manifest = json.loads(next(runs[0].glob("checkpoints/*/manifest.json")).read_text(encoding="utf-8"))
+    shares = {name for name in manifest["files"] if name.endswith(".safetensors")}
+    assert len(shares) >= WORLD
+
+
+def test_nobody_is_told_what_only_pytorch_can_want_to_know(runs: Sequence[Path]) -> None:
+    said = "".join((run.parent / f"rank-{rank}.txt").read_text(encoding="utf-8") for run in runs for rank in (0, 1))
+    assert "Warning" not in said
+    assert "Traceback" not in said
