@@ -8,8 +8,12 @@ from trainer.spec.model import Model
 from .base import Codec
 
 _CODECS = {
+    "dcae": "trainer.codecs.dcae:Dcae",
     "encodec": "trainer.codecs.encodec:Encodec",
+    "firefly": "trainer.codecs.firefly:FireflyCodec",
+    "heartcodec": "trainer.codecs.heartcodec:HeartCodec",
     "pocket": "trainer.codecs.pocket:PocketCodec",
+    "songbloom": "trainer.codecs.songbloom:SongBloomCodec",
 }
 
 

@@ -277,7 +277,7 @@ SONGBLOOM = FamilySpec(
         **{f"ff.ff.0.{name}": _BOTH_STAGES.format(name) for name in ("up_proj", "gate_proj")},
         "ff.ff.2": _VOCALS,
     },
-    presets={"songbloom/vocals": Preset(16, 32, ("q_proj", "v_proj"))},
+    presets={"songbloom/ar": Preset(16, 32, ("q_proj", "v_proj"))},
 )
 HEARTMULA = FamilySpec(
     name="heartmula",
@@ -292,7 +292,7 @@ HEARTMULA = FamilySpec(
     modules=_heartmula_modules,
     presets={
         "heartmula/attention": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "output_proj")),
-        "heartmula/all": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")),
+        "heartmula/all-linear": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")),
     },
 )
 ACE_STEP = FamilySpec(
@@ -317,8 +317,8 @@ FISH_SPEECH = FamilySpec(
     name="fish_speech",
     title="fish-speech 1.4 / 1.5",
     licence_of_weights="CC-BY-NC-SA-4.0",
-    prompt_fields=("lyrics", "speaker", "style"),
-    text_fields=("lyrics",),
+    prompt_fields=("lyrics", "speaker"),
+    text_fields=("lyrics", "tags"),
     safe_targets=_FISH_LAYERS,
     codecs=("firefly",),
     frame_rate=44_100 / 2048,

@@ -54,9 +54,14 @@ class HeartMuLa(BaseModelSpec):
     """HeartMuLa: tags and lyrics → HeartCodec tokens."""
 
     family: Literal["heartmula"]
+    tokenizer: WeightsUrl | None = None
+    """Llama 3's ``tokenizer.json``; by default the one beside the weights or in the folder above them."""
     cfg_dropout: Fraction = 0.1
+    """How often tags and lyrics are dropped in training, so that guidance works."""
     depth_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the frames on which the depth decoder is trained."""
+    segment_seconds: PositiveFloat = 240.0
+    """Longer songs are cut into segments of at most this length, each with the lyrics of the whole song."""
 
 
 class ScheduledSampling(Spec):
@@ -72,16 +77,27 @@ class AceStep(BaseModelSpec):
     """ACE-Step: tags and lyrics → DCAE latents, by flow matching."""
 
     family: Literal["ace_step"]
+    text_encoder: WeightsUrl | None = None
+    """UMT5's directory; by default ``umt5-base`` inside ``pretrained``."""
+    lyric_vocabulary: WeightsUrl | None = None
+    """``vocab.json`` of upstream's code (``models/lyrics_utils``); the release of the weights has none."""
     shift: PositiveFloat = 3.0
+    """How far timesteps are shifted towards noise, in training and sampling alike."""
     ssl_features: bool = False
+    """Also learn to guess MERT's and mHuBERT's features, which hold the lyrics; shards need them."""
+    segment_seconds: PositiveFloat = 240.0
+    """Longer songs are cut into segments of at most this length (upstream trains on whole songs up to it)."""
     scheduled_sampling: ScheduledSampling | None = None
 
 
 class FishSpeech(BaseModelSpec):
-    """fish-speech text2semantic: text and a speaker → FireflyGAN codes."""
+    """fish-speech text2semantic: text → FireflyGAN codes."""
 
     family: Literal["fish_speech"]
     version: Literal["1.4", "1.5"] = "1.5"
+    """They differ in tokenizer, prompt and what is learned; the weights of one are of no use as the other."""
+    segment_seconds: PositiveFloat = 120.0
+    """Longer songs are cut into segments of at most this length, each with the text of the whole song."""
 
 
 Model = Annotated[MusicGen | SongBloom | HeartMuLa | AceStep | FishSpeech, Field(discriminator="family")]
