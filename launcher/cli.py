@@ -107,7 +107,7 @@ def prepare(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="utaforge-") as folder:
         resolved = Path(folder, "job.json")
         resolved.write_text(dump_job(job), encoding="utf-8")
-        code = _trainer("trainer.data", str(resolved), quiet=True)
+        code = _trainer("trainer.data", str(resolved))
     if code:
         raise click.exceptions.Exit(code)
     _tell_dataset(job, as_json)
@@ -241,7 +241,9 @@ def generate(
 @_store_options
 def sync(run_name: str, store_url: str | None, job_path: str | None) -> None:
     """Tell MLflow what it missed of a run while it was out of reach."""
-    raise click.exceptions.Exit(_trainer("trainer.tracking", _run(run_name, store_url, job_path).url))
+    if code := _trainer("trainer.tracking", _run(run_name, store_url, job_path).url):
+        raise click.exceptions.Exit(code)
+    click.echo(f"MLflow has all of run {run_name}")
 
 
 @cli.command()
@@ -315,13 +317,13 @@ def _run(name: str, store_url: str | None, job_path: str | None) -> "Run":
     return find_run(_store(store_url, job_path), name)
 
 
-def _trainer(module: str, *arguments: str, quiet: bool = False) -> int:
+def _trainer(module: str, *arguments: str) -> int:
     """Run a module of the trainer, which may import torch, in a process of its own; returns its exit code."""
     from launcher.submit import environment
 
     variables = {**os.environ, **environment(1)}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, env=variables, check=False, stdout=sys.stderr if quiet else None).returncode
+    return subprocess.run(command, env=variables, check=False).returncode
 
 
 def _tell_dataset(job: "Job", as_json: bool) -> None:

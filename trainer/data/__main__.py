@@ -1,9 +1,7 @@
 """``python -m trainer.data JOB.json``: make the shards of a resolved job, here."""
 
-import json
 import logging
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from trainer.data.prepare import prepare, progress_lines
@@ -12,17 +10,14 @@ from trainer.spec.errors import UtaforgeError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepare: progress goes to standard error, the dataset as JSON to standard output. Returns the exit status."""
+    """Prepare, with progress on standard error; returns the exit status."""
     (path,) = argv if argv is not None else sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        dataset = prepare(job_from_json(Path(path).read_text(encoding="utf-8")), progress_lines())
+        prepare(job_from_json(Path(path).read_text(encoding="utf-8")), progress_lines())
     except UtaforgeError as error:
         logging.getLogger(__name__).error("%s", error)
         return error.exit_code
-    failures = [asdict(failure) for failure in dataset.failures]
-    told = {**dataset.pin, "songs": len(dataset.songs), "seconds": dataset.seconds, "failures": failures}
-    sys.stdout.write(json.dumps(told, ensure_ascii=False) + "\n")
     return 0
 
 
