@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -234,6 +235,24 @@ def generate(
     found = _run(run_name, store_url, job_path)
     flags = ["--json"] if as_json else []
     raise click.exceptions.Exit(_trainer("trainer.validation.generate", found.url, *given, *flags))
+
+
+@cli.command()
+@click.argument("job_paths", metavar="JOB…", nargs=-1, required=True)
+@_json
+def rehearse(job_paths: tuple[str, ...], as_json: bool) -> None:
+    """Run jobs shrunk on this machine: tiny random weights, two workers, a killed rank, audio."""
+    from launcher import show
+    from launcher.rehearse import rehearse as rehearse_jobs
+    from trainer.spec import load_job
+
+    jobs = [load_job(path, to_run=False) for path in job_paths]
+    if as_json:
+        show.as_json([one.as_json() for one in rehearse_jobs(jobs, partial(click.echo, err=True))])
+        return
+    with show.following() as say:
+        for rehearsal in rehearse_jobs(jobs, say):
+            show.rehearsal(rehearsal, say)
 
 
 @cli.command()

@@ -9,14 +9,12 @@ from launcher.profiles import GIB, PROFILES, Profile, cores_here, ram_here
 from trainer.spec import Job, JobError
 from trainer.spec.families import FAMILIES, dims_of, lora_parameters, matches
 from trainer.spec.job import BatchSeconds
-from trainer.spec.model import Lora, MusicGen
+from trainer.spec.model import Lora
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill."""
 CPU_MICRO_SECONDS = 60.0
 """On CPUs larger micro-batches gain nothing."""
-SEGMENT_SECONDS = 30.0
-"""Of families that do not cut songs."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _load(job: Job, profile: Profile, ranks: int, strategy: Strategy) -> Load:
 def _positions(job: Job, profile: Profile, ranks: int, fitting: int) -> int | None:
     """Positions of a micro-batch: as the job says, else what fits and a rank's share has; None if too few fit."""
     rate = _frame_rate(job)
-    segment = _segment_seconds(job)
+    segment = job.model.segment_seconds
     if given := job.train.batch.micro_seconds:
         return round(given * rate) if given * rate <= fitting else None
     share = max(segment, _batch(job) / ranks)
@@ -154,7 +152,7 @@ def _positions(job: Job, profile: Profile, ranks: int, fitting: int) -> int | No
 
 
 def _too_large(job: Job, profile: Profile, ranks: int, strategy: Strategy, device_bytes: int) -> JobError:
-    seconds = job.train.batch.micro_seconds or _segment_seconds(job)
+    seconds = job.train.batch.micro_seconds or job.model.segment_seconds
     load = replace(_load(job, profile, ranks, strategy), positions=round(seconds * _frame_rate(job)))
     needed = memory(load)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(needed).items())
@@ -183,11 +181,7 @@ def _precision(job: Job, profile: Profile) -> Precision:
 
 def _batch(job: Job) -> float:
     batch = job.train.batch
-    return batch.seconds if isinstance(batch, BatchSeconds) else batch.songs * _segment_seconds(job)
-
-
-def _segment_seconds(job: Job) -> float:
-    return job.model.segment_seconds if isinstance(job.model, MusicGen) else SEGMENT_SECONDS
+    return batch.seconds if isinstance(batch, BatchSeconds) else batch.songs * job.model.segment_seconds
 
 
 def _frame_rate(job: Job) -> float:
@@ -230,10 +224,10 @@ def _checks(job: Job, profile: Profile, ranks: int, batch_seconds: float) -> Ite
     train = job.train
     if train.schedule.warmup > train.steps / 2:
         yield f"train.schedule.warmup: {train.schedule.warmup} of {train.steps} steps are warm-up"
-    if batch_seconds < ranks * _segment_seconds(job):
+    if batch_seconds < ranks * job.model.segment_seconds:
         yield (
             f"train.batch: {batch_seconds:g} s for {ranks} ranks is less than a "
-            f"{_segment_seconds(job):g} s segment each; some ranks may idle in a step"
+            f"{job.model.segment_seconds:g} s segment each; some ranks may idle in a step"
         )
     if job.checkpoint.every > train.steps:
         yield f"checkpoint.every: {job.checkpoint.every} is more than {train.steps} steps; only the end is saved"

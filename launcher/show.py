@@ -18,6 +18,7 @@ from launcher.backends.base import Say
 from launcher.doctor import Check
 from launcher.plan import Plan
 from launcher.profiles import GIB
+from launcher.rehearse import Rehearsal
 from launcher.runs import Run, Status
 from launcher.submit import Outcome
 
@@ -149,6 +150,14 @@ def summary(outcome: Outcome, store_option: str) -> None:
         ("took", _clock(outcome.seconds)),
     ]
     _rows(f"run {run.name} is finished", rows)
+
+
+def rehearsal(done: Rehearsal, say: Say) -> None:
+    """Say what a rehearsal has run and what it has not."""
+    say(f"{done.name} is rehearsed, in {_clock(done.seconds)}; everything lies in {done.folder}")
+    for mark, lines in (("ran", done.exercised), ("did not run", done.left_out)):
+        for line in lines:
+            say(f"  {mark}: {line}")
 
 
 def _rows(title: str, rows: Sequence[Row]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.backends import open_backend
-from launcher.backends.base import Jobs, JobStatus, Say
+from launcher.backends.base import Backend, Jobs, JobStatus, Say
 from launcher.plan import Plan
 from launcher.profiles import cores_here
 from launcher.runs import Attempt, Chosen, Run
@@ -83,10 +83,14 @@ def submit(job: Job, planned: Plan, chosen: Chosen, say: Say) -> Outcome:
             jobs = backend.start(say)
         except KeyboardInterrupt:
             raise _interrupted(run) from None
-        attempt = run.begin_attempt(backend, jobs)
-        status = _see_through(run, jobs, attempt, say)
-    _judge(run, attempt, status)
+        see_through(run, backend, jobs, say)
     return Outcome(run, time.monotonic() - started)
+
+
+def see_through(run: Run, backend: Backend, jobs: Jobs, say: Say) -> None:
+    """Make one attempt at ``run`` on a cluster that is up; returns when the run has its result, else raises why not."""
+    attempt = run.begin_attempt(backend, jobs)
+    _judge(run, attempt, _follow(run, jobs, attempt, say))
 
 
 class Reader:
@@ -109,7 +113,7 @@ class Reader:
         return None if hidden else plain
 
 
-def _see_through(run: Run, jobs: Jobs, attempt: Attempt, say: Say) -> JobStatus | None:
+def _follow(run: Run, jobs: Jobs, attempt: Attempt, say: Say) -> JobStatus | None:
     told: list[str] = []
     try:
         jobs.submit(attempt.submission, [sys.executable, "-m", "trainer.driver", run.url])

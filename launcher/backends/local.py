@@ -12,10 +12,14 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.backends.base import Backend, Say
 from launcher.backends.ray_jobs import RayJobs
 from trainer.spec.errors import ClusterError
+
+if TYPE_CHECKING:
+    import psutil
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -100,6 +104,15 @@ class LocalBackend(Backend):
         self._keeper = None
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def workers(self) -> list[int]:
+        """Process ids of the ranks that train on this cluster now."""
+        import psutil
+
+        if self._keeper is None:
+            return []
+        below = psutil.Process(self._keeper.pid).children(recursive=True)
+        return [process.pid for process in below if _title(process).startswith("ray::RayTrainWorker")]
 
     def _options(self, folder: Path, ports: list[int]) -> list[str]:
         return [
@@ -191,6 +204,15 @@ def free_ports(count: int) -> list[int]:
         f"no {count} free ports between {_PORT_RANGE.start} and {_PORT_RANGE.stop}",
         "end some of the programs that listen there",
     )
+
+
+def _title(process: "psutil.Process") -> str:
+    import psutil
+
+    try:
+        return "".join(process.cmdline()[:1])
+    except psutil.Error:
+        return ""
 
 
 def _check_disk() -> None:

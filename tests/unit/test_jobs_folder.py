@@ -12,7 +12,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.name)
 def test_a_shipped_job_loads_and_points_editors_to_the_schema(path: Path) -> None:
-    assert load_job(path).name
+    assert load_job(path, to_run=path.name == "demo.yaml").name
     assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=job.schema.json\n")
 
 

@@ -36,7 +36,7 @@ def apply(network: nn.Module, method: Lora, family: FamilySpec, *, seed: int = 0
         TrainingError: a target is not in the network (the names that are there are listed) or is not a linear layer.
     """
     targets = family.targets(method)
-    _check_targets(network, targets)
+    _check_targets(network, targets, method)
     config = LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]  (any number will do)
@@ -106,11 +106,12 @@ def load_adapter(network: PeftModel, folder: Path) -> None:
         )
 
 
-def _check_targets(network: nn.Module, targets: tuple[str, ...]) -> None:
+def _check_targets(network: nn.Module, targets: tuple[str, ...], method: Lora) -> None:
     modules = dict(network.named_modules())
+    kinds = nn.Linear if method.pissa or method.dora else nn.Linear | nn.Embedding
     for target in targets:
         found = [module for name, module in modules.items() if f".{name}".endswith(f".{target}")]
-        if found and all(isinstance(module, nn.Linear) for module in found):
+        if found and all(isinstance(module, kinds) for module in found):
             continue
         linear = sorted(
             {name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.Linear)} - {*"0123456789"}

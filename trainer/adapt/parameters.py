@@ -18,7 +18,7 @@ def parameter_groups(network: nn.Module, method: Method, optimizer: Optimizer) -
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             decay = optimizer.weight_decay if parameter.ndim > 1 else 0.0
-            scale = fast if ".lora_B." in name else 1.0
+            scale = fast if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
             groups.setdefault((decay, scale), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale}

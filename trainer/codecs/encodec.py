@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainer.families.weights import load, local_path, random_weights, read_json, tensors
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.model import BaseModelSpec
+from trainer.weights import load, local_path, random_weights, read_json, tensors
 
 if TYPE_CHECKING:
     from transformers import EncodecConfig, EncodecModel

@@ -152,4 +152,5 @@ def _example(dataset: Dataset, segment: Segment) -> Example:
         arrays={**song.arrays, **cut},
         text={"tags": song.tags, "lyrics": song.lyrics},
         seed=segment.seed,
+        ends=end == song.frames,
     )

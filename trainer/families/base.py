@@ -24,12 +24,14 @@ class Example:
         arrays: of the shard row, those with a time axis already cut to the segment.
         text: ``tags``, ``lyrics``, ….
         seed: of every random draw made for this visit of this song (dropouts); follows from the plan alone.
+        ends: the song's last frame is in it.
     """
 
     id: str
     arrays: Arrays
     text: Mapping[str, str]
     seed: int
+    ends: bool = True
 
 
 @dataclass(frozen=True)

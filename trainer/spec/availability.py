@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from .data import DemoSource, FolderSource, JsonlSource, Prepare, SpeakersSource
-from .families import codec_of
 from .job import Job
 from .model import Lora
 from .yaml import FieldPath
@@ -24,24 +23,14 @@ def _model(job: Job) -> Iterator[Unavailable]:
     model = job.model
     if job.kind != "train":
         yield ("kind",), _yet(job.kind, "write train")
-    if model.family != "musicgen":
-        yield ("model", "family"), _yet(model.family, "write musicgen")
-    weights = {"pretrained": model.pretrained, "text_encoder": getattr(model, "text_encoder", None)}
-    weights |= {f"codec.weights.{part}": url for part, url in model.codec.weights.items()}
-    for path, url in weights.items():
-        if url and url.startswith("hf:"):
+    for path, url in model.urls().items():
+        if url.startswith("hf:"):
             yield (
-                ("model", *path.split(".")),
+                path,
                 _yet("downloading from Hugging Face", "download it yourself and write file:///path/to/it"),
             )
     if model.base_precision == "int8":
         yield ("model", "base_precision"), _yet("int8", "write auto")
-    codec = codec_of(model)
-    if codec != "pocket" and model.codec.name:
-        yield ("model", "codec", "name"), _yet(codec, "write pocket, with weights that were trained on its codes")
-    elif codec != "pocket" and model.family == "musicgen" and (job.data.prepare or job.validation.prompts):
-        need = _yet(f"it needs codec {codec}, which", "write codec: {name: pocket} if it was trained on pocket's codes")
-        yield ("model", "pretrained"), need
 
 
 def _method(job: Job) -> Iterator[Unavailable]:

@@ -52,6 +52,7 @@ class Preset:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    rslora: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ def dims_of(model: Model) -> Dims:
     Raises:
         JobError: if there is a ``config.json`` that cannot be understood.
     """
+    if model.pretrained == "random:tiny" and model.family in _TINY:
+        small = FAMILIES[model.family].dims
+        return replace(small, layers=2, width=64, ffn=128, heads=4, parameters=_TINY[model.family])
     if isinstance(model, FishSpeech):
         published = FAMILIES[model.family].dims
         return published if model.version == "1.5" else replace(published, parameters=494_462_976)
@@ -131,6 +135,10 @@ def dims_of(model: Model) -> Dims:
         return _musicgen(layers=2, width=64, ffn=128, heads=4, vocabulary=256, codebooks=4, text_width=64)
     config = _config_path(model.pretrained)
     return _read_dims(config) if config and config.is_file() else MUSICGEN.dims
+
+
+_TINY = {"songbloom": 251_333, "heartmula": 1_223_552, "ace_step": 441_328, "fish_speech": 932_352}
+"""Parameters of ``random:tiny``."""
 
 
 def lora_parameters(family: FamilySpec, dims: Dims, rank: int, targets: tuple[str, ...], *, dora: bool = False) -> int:
@@ -309,7 +317,10 @@ ACE_STEP = FamilySpec(
     harmful_targets=dict.fromkeys(("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), _IDLE),
     presets={
         "ace-step/upstream": Preset(
-            256, 32, ("speaker_embedder", "linear_q", "linear_k", "linear_v", "to_q", "to_k", "to_v", "to_out.0")
+            256,
+            32,
+            ("speaker_embedder", "linear_q", "linear_k", "linear_v", "to_q", "to_k", "to_v", "to_out.0"),
+            rslora=True,
         ),
     },
 )

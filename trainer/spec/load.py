@@ -11,6 +11,7 @@ from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote
 
 from pydantic import SecretStr, ValidationError
 
@@ -41,12 +42,14 @@ _STAND_INS: dict[tuple[str, ...], Any] = {
 """What a job cannot do without: put where it is broken, so that the rest of the job can be judged too."""
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+def load_job(path: str | Path, overrides: Sequence[str] = (), *, to_run: bool = True) -> Job:
     """The job in a YAML file.
 
     Args:
         path: of the file.
         overrides: ``path=value`` as given to ``--set``; the value is YAML.
+        to_run: the job as it is must be able to run: its files are there, and it asks for nothing that is not
+            available yet.
 
     Raises:
         JobError: with every fault of the file, one a line, as ``file:line:column: path: what is wrong, what to write``.
@@ -58,7 +61,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     if job is not None:
         faults += find_impossible(job, unknown=broken)
         refused = {fault.path for fault in faults}
-        later = (*_missing_files(job), *unavailable(job))
+        later = (*_missing_files(job), *unavailable(job)) if to_run else ()
         faults += [Fault(where, message) for where, message in later if where not in refused]
     if faults:
         raise JobError(document.report(_once(faults)))
@@ -136,13 +139,10 @@ def _missing_files(job: Job) -> Iterator[tuple[FieldPath, str]]:
     """Files of this machine that the job names but that are not there, if the job runs here."""
     if job.cluster.backend != "local":
         return
-    named: dict[str, str | None] = {"model.pretrained": job.model.pretrained}
-    named |= {f"model.codec.weights.{part}": url for part, url in job.model.codec.weights.items()}
-    named["model.text_encoder"] = getattr(job.model, "text_encoder", None)
-    named["method.init"] = getattr(job.method, "init", None)
+    named: dict[FieldPath, str | None] = {**job.model.urls(), ("method", "init"): getattr(job.method, "init", None)}
     for where, url in named.items():
-        if url and url.startswith("file://") and not Path(url.removeprefix("file://")).exists():
-            yield tuple(where.split(".")), f"there is nothing at {url.removeprefix('file://')}; correct the path"
+        if url and url.startswith("file://") and not (path := Path(unquote(url.removeprefix("file://")))).exists():
+            yield where, f"there is nothing at {path}; correct the path"
     path = getattr(job.data.prepare.source, "path", "://") if job.data.prepare else "://"
     if "://" not in path and not Path(path).exists():
         yield ("data", "prepare", "source", "path"), f"there is nothing at {path}; correct the path"

@@ -18,6 +18,9 @@ class Codec(Spec):
     weights: dict[str, WeightsUrl] = Field(default_factory=dict)
 
 
+_TEXT_FILES = ("tokenizer", "lyric_vocabulary", "vocabulary")
+
+
 class BaseModelSpec(Spec):
     """What every family has."""
 
@@ -26,6 +29,14 @@ class BaseModelSpec(Spec):
     codec: Codec = Codec()
     base_precision: Literal["auto", "int8"] = "auto"
     """``int8`` keeps the frozen base of a LoRA run in 8 bits (12–16 GB GPUs)."""
+    segment_seconds: PositiveFloat = 30.0
+    """Longer songs are cut into segments of at most this length."""
+
+    def urls(self) -> dict[tuple[str, ...], str]:
+        """Every place that weights, tokenizers and vocabularies come from, by its path in the job."""
+        named = {name: getattr(self, name, None) for name in ("pretrained", "text_encoder", *_TEXT_FILES)}
+        parts = {("model", "codec", "weights", part): url for part, url in self.codec.weights.items()}
+        return {("model", name): url for name, url in named.items() if url} | parts
 
 
 class MusicGen(BaseModelSpec):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from .cluster import Cloud, Kubernetes
-from .data import DemoSource, ValidationSet
+from .data import ValidationSet
 from .families import FAMILIES, PRESETS, codec_of
 from .model import Full, Lora
 from .yaml import Fault, FieldPath, dotted, overlap
@@ -140,11 +140,6 @@ def _length_limits(job: "Job") -> Iterator[Fault]:
         yield Fault(("data", "prepare", "min_seconds"), f"{limits}; no song would be left; write less")
 
 
-def _demo_codec(job: "Job") -> Iterator[Fault]:
-    if job.data.prepare and isinstance(job.data.prepare.source, DemoSource) and job.model.family != "musicgen":
-        yield Fault(("data", "prepare", "source", "type"), f"the demo songs are for musicgen, not {job.model.family}")
-
-
 def _kind(job: "Job") -> Iterator[Fault]:
     if job.kind == "train-vq" and job.model.family != "songbloom":
         yield Fault(("kind",), f"only songbloom has a VQ of its own to train; for {job.model.family} write train")
@@ -187,7 +182,6 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("validation.stop_if", "validation.prompts"), _stop_if),
     (("data.train", "data.validation"), _datasets),
     (("data.prepare",), _length_limits),
-    (("data.prepare.source", "model.family"), _demo_codec),
     (("kind", "model.family"), _kind),
     (("store", "model.pretrained", "data.train", "cluster"), _far_files),
     (("tracking",), _login),

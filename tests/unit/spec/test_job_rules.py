@@ -137,8 +137,6 @@ def test_harmful_targets_can_be_insisted_on():
 
 
 LATER = [
-    ("model={family: ace_step, pretrained: random:tiny}",
-     "model.family: ace_step is not available yet; write musicgen"),
     ("cluster={backend: existing, address: 'http://h:8265', profile: cpu, workers: 2}",
      "cluster.backend: backend existing is not available yet; write local"),
     ("data.prepare={source: {type: zip, path: s3://曲}}",
@@ -155,9 +153,6 @@ LATER = [
     ("model.pretrained=hf://facebook/musicgen-small",
      "model.pretrained: downloading from Hugging Face is not available yet; download it yourself and write "
      "file:///path/to/it"),
-    ("model.pretrained=s3://models/歌",
-     "model.pretrained: it needs codec encodec, which is not available yet; write codec: {name: pocket} if it was "
-     "trained on pocket's codes"),
     ("method.train_also=[{modules: enc_to_dec_proj}]",
      "method.train_also: training modules beside the adapter is not available yet; remove it"),
     ("validation.stop_if=[silent]", "validation.stop_if: stopping on bad audio is not available yet; remove it"),

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from trainer.families.weights import local_path, tensors
 from trainer.spec.errors import UtaforgeError
+from trainer.weights import local_path, tensors
 
 from .weights import Release
 

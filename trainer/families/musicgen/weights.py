@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.families.weights import load, local_path, random_weights, read_json, tensors
 from trainer.spec.errors import UtaforgeError
+from trainer.weights import load, local_path, random_weights, read_json, tensors
 
 if TYPE_CHECKING:
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig

@@ -1,0 +1,159 @@
+"""Rehearsing: jobs shrunk to this machine and run for real, before money is spent on them.
+
+A rehearsal keeps the family, the method and the shape of the job. Weights are tiny and random, the songs are the
+demo's, and two Ray workers make a few steps, amid which one of them is killed.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.backends.base import Say
+from launcher.backends.local import LocalBackend
+from launcher.plan import Plan
+from launcher.plan import plan as make_plan
+from launcher.runs import Run, create_or_resume
+from launcher.submit import environment, home, see_through
+from trainer.spec import ClusterError, Job, dump_job, job_from_json
+from trainer.spec.families import codec_of
+from trainer.spec.model import Lora
+
+WORKERS, STEPS, COMMIT_EVERY, SONGS = 2, 20, 5, 8
+SECONDS_OF_SONG = 2.0
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What came of one job.
+
+    Attributes:
+        name: the job's.
+        folder: with its store and its MLflow file.
+        seconds: it took.
+        exercised: what has been run for real.
+        left_out: what has not, and with which value in the job.
+    """
+
+    name: str
+    folder: Path
+    seconds: float
+    exercised: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def rehearse(jobs: Sequence[Job], say: Say) -> Iterator[Rehearsal]:
+    """Rehearse each job, all on one local cluster.
+
+    Raises:
+        UtaforgeError: what ended a rehearsal; the same would end the job.
+    """
+    with LocalBackend(WORKERS, 0, environment(WORKERS)) as backend:
+        cluster = backend.start(say)
+        for job in jobs:
+            started = time.monotonic()
+            folder = home() / "rehearsals" / job.name
+            shutil.rmtree(folder, ignore_errors=True)
+            small = shrunk(job, folder)
+            planned = make_plan(small)
+            run = create_or_resume(small, planned.as_json()).run
+            say(f"rehearsing {job.name}")
+            with _killing(backend, run) as death:
+                see_through(run, backend, cluster, say)
+            if not death:
+                raise ClusterError(
+                    f"the rehearsal of {job.name} was over before a rank could be killed", "rehearse it again"
+                )
+            exercised = _exercised(small, planned, run, death[0])
+            yield Rehearsal(job.name, folder, time.monotonic() - started, exercised, _left_out(job))
+
+
+def shrunk(job: Job, folder: Path) -> Job:
+    """``job`` as it is rehearsed, with everything it writes below ``folder``."""
+    told: dict[str, Any] = json.loads(dump_job(job))
+    told["store"] = f"file://{folder}"
+    told["model"] |= {"pretrained": "random:tiny", "codec": {"name": codec_of(job.model)}, "base_precision": "auto"}
+    for own_file in ("text_encoder", "tokenizer"):
+        told["model"].pop(own_file, None)
+    if isinstance(job.method, Lora):
+        told["method"]["init"] = None
+    told["data"] |= {
+        "train": [{"dataset": f"file://{folder}/songs"}],
+        "validation": {"fraction": 0.25, "by": "song"},
+        "prepare": {"source": {"type": "demo", "style": "b", "songs": SONGS}},
+    }
+    told["train"] |= {"steps": STEPS, "batch": {"seconds": 40.0}, "precision": "auto", "log_every": 1}
+    told["train"]["schedule"]["warmup"] = min(job.train.schedule.warmup, STEPS)
+    told["checkpoint"]["every"] = COMMIT_EVERY
+    told["validation"] |= {"every": STEPS, "stop_if": []}
+    told["validation"]["prompts"] = [
+        prompt | {"seconds": SECONDS_OF_SONG, "style": None, "speaker": None}
+        for prompt in told["validation"]["prompts"][:WORKERS]
+    ]
+    told["tracking"] = {"mlflow": f"sqlite:///{folder}/mlflow.db"}
+    told["cluster"] = {"backend": "local", "profile": "cpu", "workers": WORKERS}
+    told |= {"budget": {}, "retrain": None}
+    return job_from_json(json.dumps(told))
+
+
+@contextmanager
+def _killing(backend: LocalBackend, run: Run) -> Iterator[list[int]]:
+    """Kill one rank as soon as there is a commit; the list then holds the step of that commit."""
+    death: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(POLL_SECONDS):
+            step = run.newest_commit()
+            if step and (ranks := backend.workers()):
+                os.kill(ranks[-1], signal.SIGKILL)
+                death.append(step)
+                return
+
+    thread = threading.Thread(target=watch, name="killer", daemon=True)
+    thread.start()
+    try:
+        yield death
+    finally:
+        over.set()
+        thread.join()
+
+
+def _exercised(job: Job, planned: Plan, run: Run, killed_after: int) -> list[str]:
+    result = run.result
+    assert result is not None, "a run that was seen through has its result"
+    songs = [entry.path for entry in run.store.list(f"audio/step-{STEPS:08d}") if not entry.path.endswith(".json")]
+    what = "adapter" if isinstance(job.method, Lora) else "model"
+    return [
+        f"{SONGS} songs through codec {codec_of(job.model)} into shards of {job.model.family}",
+        f"{STEPS} steps of {job.method.type} on {planned.ranks} ranks by {planned.strategy} in {planned.precision}",
+        f"held-out loss {result['loss_before']:.3f} → {result['loss_after']:.3f}",
+        f"a checkpoint every {COMMIT_EVERY} steps; a rank killed after step {killed_after}, and going on from there",
+        f"validation audio: {len(songs)} songs" if songs else "no validation audio, since the job has no prompts",
+        f"metrics in MLflow; the {what} in {run.store.at(what).url}",
+    ]
+
+
+def _left_out(job: Job) -> list[str]:
+    """What the rehearsal had in its place is told as it stands in the job."""
+    prepare = job.data.prepare
+    source = f" from source {prepare.source.type}" if prepare else ""
+    weights = ", ".join([job.model.pretrained, *job.model.codec.weights.values()])
+    return [
+        f"the weights: {weights} (were tiny and random)",
+        f"the songs: {', '.join(ref.dataset for ref in job.data.train)}{source} (were the demo's)",
+        f"the store {job.store} and the cluster: {job.cluster.backend}, {job.cluster.profile}",
+        f"speed, memory and quality: {job.train.steps} steps, precision {job.train.precision}",
+    ]

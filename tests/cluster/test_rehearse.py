@@ -1,0 +1,36 @@
+"""Every job that ships with utaforge is rehearsed: its own family, method and codec, on one real cluster."""
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from tests.cluster.conftest import Utaforge
+
+JOBS = sorted(path for path in (Path(__file__).parents[2] / "jobs").glob("*.yaml") if path.name != "demo.yaml")
+FAMILIES = {"ace_step", "fish_speech", "heartmula", "musicgen", "songbloom"}
+
+
+@pytest.mark.timeout(1500)
+def test_all_jobs_rehearse_on_one_cluster(utaforge: Utaforge) -> None:
+    told = json.loads(utaforge.output("rehearse", "--json", *map(str, JOBS)))
+    assert [one["name"] for one in told] == [path.stem.replace("_", "-") for path in JOBS]
+    families = set()
+    for one in told:
+        run = Path(one["folder"]) / "runs" / one["name"]
+        families.add(json.loads((run / "job.json").read_text(encoding="utf-8"))["model"]["family"])
+        songs = sorted(run.glob("audio/step-00000020/prompt-*"))
+        assert len(songs) == 2
+        assert all(soundfile.info(song).frames > 0 for song in songs)
+        assert (run / "adapter" / "adapter_model.safetensors").is_file()
+        steps = [
+            entry["step"]
+            for entry in map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            if "train/loss" in entry.get("metrics", {})
+        ]
+        assert steps == list(range(1, 21))
+        assert any("a rank killed after step" in line for line in one["exercised"])
+        assert any("s3://" in line for line in one["left_out"])
+    assert families == FAMILIES
+    assert utaforge.left_running() == []

@@ -1,0 +1,278 @@
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from trainer.adapt import apply
+from trainer.families import Example, open_family
+from trainer.families.ace_step.family import AceStepFamily
+from trainer.families.ace_step.generate import weakened
+from trainer.families.ace_step.lyrics import START, BpeLyrics, romanised
+from trainer.families.ace_step.network import AceStepNetwork, Config, Frames
+from trainer.families.ace_step.text import Umt5Text
+from trainer.families.ace_step.weights import FULL, WEIGHTS
+from trainer.spec.errors import DataError, UtaforgeError
+from trainer.spec.families import ACE_STEP
+from trainer.spec.job import Prompt, Sampling
+from trainer.spec.model import AceStep, Lora
+
+TEXTS = [{"tags": "童謡, piano", "lyrics": "[verse]\nさくら さくら"}, {"tags": "", "lyrics": "らら"}]
+FRAMES = (30, 21)
+
+
+def make(**options) -> AceStepFamily:
+    family = open_family(AceStep(family="ace_step", pretrained="random:tiny", **options))
+    assert isinstance(family, AceStepFamily)
+    return family
+
+
+def examples(family: AceStepFamily, ssl: bool = False) -> list[Example]:
+    dice = np.random.default_rng(0)
+    rows = family.conditions(TEXTS)
+    for row, frames in zip(rows, FRAMES, strict=True):
+        row["latents"] = dice.standard_normal((8, 16, frames)).astype(np.float16)
+        if ssl:
+            seconds = frames / family.frame_rate
+            row["mert"] = dice.standard_normal((round(seconds * 75), 8)).astype(np.float16)
+            row["mhubert"] = dice.standard_normal((round(seconds * 50), 8)).astype(np.float16)
+    return [Example(f"歌{i}", row, text, seed=i) for i, (row, text) in enumerate(zip(rows, TEXTS, strict=True))]
+
+
+def mean_loss(family: AceStepFamily, network: torch.nn.Module, batch) -> torch.Tensor:
+    sums = family.sums(network, batch)
+    return torch.stack([family.terms[name] * value / batch.counts[name] for name, value in sums.items()]).sum()
+
+
+@pytest.fixture(scope="module")
+def family() -> AceStepFamily:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def network(family) -> AceStepNetwork:
+    return family.network().eval()
+
+
+def test_the_full_size_has_the_release_s_parameters_and_no_buffers():
+    with torch.device("meta"):
+        network = AceStepNetwork(Config.of(FULL, "full"))
+    assert sum(p.numel() for p in network.parameters()) == ACE_STEP.dims.parameters == 3_305_659_264
+    assert not list(network.buffers())
+    adapted = apply(network, Lora(type="lora", preset="ace-step/upstream", rank=1), ACE_STEP)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 1_022_976
+
+
+@pytest.mark.parametrize("ssl", [False, True])
+def test_everything_that_is_trainable_learns_and_a_step_is_fast(ssl):
+    family = make(ssl_features=ssl)
+    network = family.network().train()
+    batch = family.collate(examples(family, ssl), training=True)
+    begin = time.process_time()
+    mean_loss(family, network, batch).backward()
+    assert time.process_time() - begin < 2
+    assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
+    assert any(p.requires_grad for p in network.projectors.parameters()) == ssl
+
+
+def test_an_adapter_changes_nothing_at_first_and_then_learns(family, network):
+    batch = family.collate(examples(family), training=False)
+    before = mean_loss(family, network, batch)
+    adapted = apply(family.network(), Lora(type="lora", preset="ace-step/upstream", rank=4, rslora=True), ACE_STEP)
+    assert torch.equal(mean_loss(family, adapted.eval(), batch), before)
+    mean_loss(family, adapted.train(), batch).backward()
+    assert any(p.grad is not None and p.grad.any() for n, p in adapted.named_parameters() if "lora_B" in n)
+
+
+def test_checkpointing_gives_the_same_gradients(family):
+    batch = family.collate(examples(family), training=False)
+    found = []
+    for checkpointing in (False, True):
+        network = family.network().eval()
+        if checkpointing:
+            network.gradient_checkpointing_enable()
+        mean_loss(family, network, batch).backward()
+        found.append(network.proj_in.early_conv_layers[0].weight.grad)
+    assert torch.equal(*found)
+
+
+def test_a_song_is_computed_as_if_it_were_alone(family, network):
+    def velocity(songs):
+        tensors = family.collate(songs, training=False).tensors
+        latents, inside = tensors["latents"].float(), tensors["inside"]
+        time = torch.full((len(songs),), 500.0)
+        return network(latents, time, family._conditions(tensors), Frames(inside, inside))[0]
+
+    songs = examples(family)
+    together, alone = velocity(songs)[1, ..., : FRAMES[1]], velocity(songs[1:])[0]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_counts_are_of_the_songs_own_frames():
+    family = make(ssl_features=True)
+    batch = family.collate(examples(family, ssl=True), training=False)
+    assert batch.frames == sum(FRAMES)
+    seconds = [frames / family.frame_rate for frames in FRAMES]
+    wanted = {"mse": sum(FRAMES) * 128, "ssl/mert": sum(round(s * 75) for s in seconds)}
+    assert batch.counts == {**wanted, "ssl/mhubert": sum(round(s * 50) for s in seconds)}
+    assert family.terms == {"mse": 1.0, "ssl/mert": 0.5, "ssl/mhubert": 0.5}
+
+
+def test_evaluation_repeats_itself_and_training_follows_torch_s_generator(family, network):
+    batch = family.collate(examples(family), training=False)
+    assert torch.equal(mean_loss(family, network, batch), mean_loss(family, network, batch))
+    training = family.network().train()
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(mean_loss(family, training, batch).item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_tags_and_lyrics_are_dropped_by_the_example_s_seed_and_only_in_training(family):
+    first = examples(family)[0]
+    songs = [Example(first.id, first.arrays, first.text, seed) for seed in range(400)]
+    batch = family.collate(songs, training=True)
+    no_tags = ~batch.tensors["text_hidden"].any(2).any(1)
+    no_lyrics = ~batch.tensors["lyric_mask"].any(1)
+    assert batch.tensors["text_mask"].all(), "dropped tags are still attended to, as zeros"
+    assert 0.1 < no_tags.float().mean() < 0.2 and 0.1 < no_lyrics.float().mean() < 0.2
+    assert (no_tags & no_lyrics).float().mean() < 0.06
+    again = family.collate(songs[5:6], training=True)
+    assert torch.equal(again.tensors["lyric_mask"].any(1), ~no_lyrics[5:6])
+    assert family.collate(songs, training=False).tensors["lyric_mask"].all()
+
+
+def test_generated_songs_follow_from_their_own_prompt_and_seed(family, network):
+    ja = Prompt(tags="童謡", lyrics="さくら さくら", seconds=2.5, seed=1)
+    en = Prompt(tags="rock, guitar", seconds=4, seed=2)
+    sampling = Sampling(guidance=4)
+    together = family.generate(network, [ja, en], sampling)
+    alone = family.generate(network, [ja], sampling)
+    other = family.generate(network, [ja.model_copy(update={"seed": 3})], sampling)
+    assert [song["latents"].shape for song in together] == [(8, 16, 26), (8, 16, 43)]
+    assert together[0]["latents"].dtype == np.float16
+    np.testing.assert_allclose(together[0]["latents"], alone[0]["latents"], atol=4e-3)
+    assert np.abs(other[0]["latents"] - alone[0]["latents"]).max() > 0.5
+
+
+def test_weakening_ends_with_its_block(network):
+    layer, given = network.t_block[1], torch.ones(1, network.config.inner_dim)
+    before = layer(given)
+    with weakened([layer], 0.5):
+        assert torch.equal(layer(given), before * 0.5)
+    assert torch.equal(layer(given), before)
+
+
+def test_a_saved_network_is_a_release(family, network, tmp_path):
+    table = torch.ones_like(network.final_layer.scale_shift_table)
+    family.save(network, tmp_path / "歌", {"final_layer.scale_shift_table": table})
+    again = open_family(AceStep(family="ace_step", pretrained=f"file://{tmp_path}/歌"))
+    state = again.network().state_dict()
+    assert torch.equal(state.pop("final_layer.scale_shift_table"), table)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
+    assert np.array_equal(again.conditions(TEXTS)[0]["lyric_ids"], family.conditions(TEXTS)[0]["lyric_ids"])
+
+
+def test_a_wrong_release_is_refused_with_every_key(family, network, tmp_path):
+    family.save(network, tmp_path, {})
+    state = load_file(tmp_path / WEIGHTS)
+    state["歌"] = state.pop("lyric_proj.weight")
+    save_file(state, tmp_path / WEIGHTS)
+    with pytest.raises(UtaforgeError, match=r"missing: lyric_proj.weight(.|\n)*unexpected: 歌"):
+        open_family(AceStep(family="ace_step", pretrained=f"file://{tmp_path}")).network()
+    (tmp_path / "config.json").write_text(json.dumps({"num_layers": 2}))
+    with pytest.raises(UtaforgeError, match="it lacks attention_head_dim"):
+        open_family(AceStep(family="ace_step", pretrained=f"file://{tmp_path}")).network()
+
+
+def test_lyrics_of_another_vocabulary_are_refused(family):
+    first = examples(family)[0]
+    wrong = {**first.arrays, "lyric_ids": np.array([1, 6692], np.int32)}
+    with pytest.raises(DataError, match="歌 has lyric tokens 1 to 6692, the network knows 0 to 255"):
+        family.collate([Example("歌", wrong, {}, 0)], training=True)
+
+
+def test_features_that_are_missing_or_of_the_uncut_song_are_refused():
+    family = make(ssl_features=True)
+    with pytest.raises(DataError, match="歌0 has no mert features"):
+        family.collate(examples(family), training=False)
+    whole = examples(family, ssl=True)[0]
+    cut = {**whole.arrays, "latents": whole.arrays["latents"][..., :5]}
+    with pytest.raises(DataError, match=r"raise model\.segment_seconds"):
+        family.collate([Example("歌", cut, {}, 0)], training=False)
+
+
+@pytest.mark.parametrize(
+    ("japanese", "latin"),
+    [
+        ("さくら さくら", "sakura sakura"),
+        ("しゅっぱつ、ちょっと！", "shuppatsu, chotto! "),
+        ("マッチ・ラーメン", "matchi raamen"),
+        ("ファイト じゃあね", "faito jaane"),
+    ],
+)
+def test_kana_become_latin_letters(japanese, latin):
+    assert romanised(japanese) == latin
+
+
+@pytest.fixture
+def vocabulary(tmp_path) -> Path:
+    words = ["[STOP]", "[UNK]", "[LINE]", "[en]", "[ja]", "[SPACE]", "[verse]", "sakura", "hello"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("sakura", "isolated")
+    tokenizer.add_special_tokens(words[3:7])
+    tokenizer.save(str(tmp_path / "vocab.json"))
+    return tmp_path / "vocab.json"
+
+
+def test_lyrics_become_lines_of_tokens_with_their_language(vocabulary):
+    tokens = BpeLyrics(vocabulary)
+    assert tokens("[verse]\nさくら　さくら\n\nHello").tolist() == [START, 3, 6, 2, 4, 7, 5, 7, 2, 2, 3, 8, 2]
+    assert len(tokens(" \n")) == 0
+
+
+def test_lyrics_that_the_vocabulary_cannot_write_are_refused(vocabulary):
+    tokens = BpeLyrics(vocabulary)
+    with pytest.raises(DataError, match="cannot write the line '桜'"):
+        tokens("桜")
+    with pytest.raises(DataError, match="the network takes 4096"):
+        tokens("hello\n" * 2000)
+    with pytest.raises(UtaforgeError, match="is no vocabulary"):
+        BpeLyrics(vocabulary.parent / "無い.json")("hello")
+
+
+def test_tags_are_read_by_umt5_and_dimly_for_guidance(tmp_path):
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=32, num_layers=10, num_heads=4)
+    UMT5EncoderModel(config).save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "童謡": 2, "piano": 3}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    text = Umt5Text(tmp_path, 32)
+    clear, dim = text(["童謡 piano", "piano"]), text(["童謡 piano", "piano"], dim=True)
+    assert [hidden.shape for hidden in clear] == [(2, 32), (1, 32)]
+    assert clear[0].dtype == np.float16
+    assert np.abs(clear[0] - dim[0]).max() > 0
+    assert np.array_equal(text(["童謡 piano"])[0], clear[0])
+    with pytest.raises(UtaforgeError, match="is 32 wide, the network expects 768"):
+        Umt5Text(tmp_path, 768)(["童謡"])
+
+
+def test_a_release_without_its_text_parts_says_what_to_set(family, network, tmp_path):
+    family.save(network, tmp_path, {})
+    told = json.loads((tmp_path / "config.json").read_text())
+    told.pop("hashed_conditions")
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    bare = open_family(AceStep(family="ace_step", pretrained=f"file://{tmp_path}"))
+    with pytest.raises(UtaforgeError, match=r"model\.text_encoder"):
+        bare.conditions(TEXTS)
+    with pytest.raises(UtaforgeError, match=r"model\.lyric_vocabulary"):
+        open_family(
+            AceStep(family="ace_step", pretrained=f"file://{tmp_path}", text_encoder=f"file://{tmp_path}")
+        )._lyrics("さくら")

@@ -1,0 +1,1 @@
+"""ACE-Step v1: tags and lyrics become DCAE latents by flow matching."""

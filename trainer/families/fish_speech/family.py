@@ -1,0 +1,134 @@
+"""The fish-speech family: what the trainer sees of it."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.cross_entropy import NO_LABEL
+from trainer.spec.errors import DataError
+from trainer.spec.families import FISH_SPEECH
+from trainer.spec.job import Prompt, Sampling
+from trainer.spec.model import FishSpeech
+
+from .generate import Sampler, draw_table, generate
+from .network import FishSpeechNetwork, unwrapped
+from .objective import example, prompt
+from .text import Tokenizer
+from .weights import Release, load_network, open_release, save_network
+
+CODES = 1000
+"""Of the codec, in each codebook; the network has room for 1,024."""
+
+
+class FishSpeechFamily(Family):
+    """fish-speech 1.4 or 1.5, configured by a job's ``model:`` section.
+
+    ``base`` is the cross entropy of the tokens, ``semantic`` that of the codes; they count alike, as upstream.
+    """
+
+    terms: Mapping[str, float] = {"base": 1.0, "semantic": 1.0}
+    frame_rate = FISH_SPEECH.frame_rate
+    vocabulary = CODES
+
+    def __init__(self, model: FishSpeech) -> None:
+        self.model = model
+        self.segment_seconds = model.segment_seconds
+
+    @cached_property
+    def codebooks(self) -> int:
+        """Of the network's configuration."""
+        return self.release.config.codebooks
+
+    def network(self) -> FishSpeechNetwork:
+        """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
+        return load_network(self.release, self.tokenizer.semantic)
+
+    def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
+        """Write the network in the format of the official release."""
+        save_network(self.release, unwrapped(network), folder, values)
+
+    def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
+        """Nothing: the network reads the text itself."""
+        return [{} for _ in texts]
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        """``inputs`` and ``labels`` [B, 1+K, S], padded on the right; nothing is dropped, ``training`` or not.
+
+        Lyrics are what is spoken or sung. In 1.4 the tags are the speaker's name.
+
+        Raises:
+            DataError: a song is longer than the network has positions.
+        """
+        pairs = []
+        for song in examples:
+            codes = torch.from_numpy(song.arrays["codes"].astype(np.int64))
+            pair = example(self.tokenizer, song.text.get("lyrics", ""), song.text.get("tags", ""), codes)
+            self._check_length(pair[0].shape[1], f"song {song.id}")
+            pairs.append(pair)
+        longest = max(inputs.shape[1] for inputs, _ in pairs)
+        inputs = torch.stack([functional.pad(each, (0, longest - each.shape[1])) for each, _ in pairs])
+        labels = torch.stack([functional.pad(each, (0, longest - each.shape[1]), value=NO_LABEL) for _, each in pairs])
+        counts = {
+            "base": float(labels[:, 0].ne(NO_LABEL).sum()),
+            "semantic": float(labels[:, 1:].ne(NO_LABEL).sum()),
+        }
+        frames = sum(song.arrays["codes"].shape[-1] for song in examples)
+        return Batch({"inputs": inputs, "labels": labels}, counts, frames)
+
+    def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Summed cross entropies, see ``objective.loss_sums``."""
+        base, semantic = network(batch.tensors["inputs"], batch.tensors["labels"])
+        return {"base": base, "semantic": semantic}
+
+    def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
+        """``codes`` [8, T] of the prompts' lyrics, at most as long as asked for: a song ends where the network ends it.
+
+        Guidance does not exist here. ``top_p`` and the repetition penalty are upstream's.
+
+        Raises:
+            DataError: a prompt is longer than the network has positions, or names a speaker to 1.5.
+        """
+        frames = [max(round(each.seconds * self.frame_rate), 1) for each in prompts]
+        given = [self._prompt(index, each) for index, each in enumerate(prompts, 1)]
+        for index, (before, count) in enumerate(zip(given, frames, strict=True), 1):
+            self._check_length(before.shape[1] + count, f"prompt {index}")
+        draws = draw_table(frames, [each.seed for each in prompts], 1 + self.codebooks)
+        sampler = Sampler(temperature=sampling.temperature, top_k=sampling.top_k)
+        songs = generate(network, given, frames, draws, sampler, self.tokenizer.end)
+        return [{"codes": self._codes(song)} for song in songs]
+
+    @cached_property
+    def release(self) -> Release:
+        """Where the weights are, and their shape."""
+        return open_release(self.model)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the release."""
+        return self.release.tokenizer()
+
+    def _prompt(self, index: int, asked: Prompt) -> Tensor:
+        if asked.speaker and self.model.version == "1.5":
+            raise DataError(f"prompt {index} names a speaker, whom fish-speech 1.5 has no place for", "remove it")
+        return prompt(self.tokenizer, asked.lyrics, asked.speaker or "", self.codebooks)
+
+    def _codes(self, song: Tensor) -> np.ndarray:
+        """Codes of the frames that are audio, as the codec has them; there is always at least one."""
+        semantic = self.tokenizer.semantic
+        audio = (song[0] >= semantic.start) & (song[0] < semantic.stop)
+        audio[0] |= ~audio.any()
+        return (song[1:, audio] - self.tokenizer.shift).clamp(0, CODES - 1).cpu().numpy().astype(np.uint16)
+
+    def _check_length(self, positions: int, whose: str) -> None:
+        most = self.release.config.positions
+        if positions > most:
+            raise DataError(
+                f"{whose} needs {positions} positions, the network has {most}: a text takes some, a second takes 21.5",
+                "ask for less (model.segment_seconds, validation.prompts.seconds)",
+            )

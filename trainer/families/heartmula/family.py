@@ -1,0 +1,151 @@
+"""The HeartMuLa family: what the trainer sees of it."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.spec.errors import DataError
+from trainer.spec.job import Prompt, Sampling
+from trainer.spec.model import HeartMuLa
+
+from .objective import song_rows
+from .text import Tokenize, open_tokenizer, prompt_rows
+from .weights import Release, load_network, open_release, save_network
+
+if TYPE_CHECKING:
+    from .network import HeartMuLaConfig, HeartMuLaNetwork
+
+
+class HeartMuLaFamily(Family):
+    """HeartMuLa, configured by a job's ``model:`` section.
+
+    The loss is ``ce0``, of the first codebook, plus ``ce_k``, the mean of the others'.
+    """
+
+    terms: Mapping[str, float] = {"ce0": 1.0, "ce_k": 1.0}
+    frame_rate = 12.5
+
+    def __init__(self, model: HeartMuLa) -> None:
+        self.model = model
+        self.segment_seconds = model.segment_seconds
+
+    @property
+    def codebooks(self) -> int:
+        """Of the network's configuration."""
+        return self.config.audio_num_codebooks
+
+    @property
+    def vocabulary(self) -> int:
+        """Of the codec: the network's ids from the one before ``audio_eos_id`` on are no codes."""
+        return self.config.audio_eos_id - 1
+
+    def network(self) -> "HeartMuLaNetwork":
+        """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
+        return load_network(self.release)
+
+    def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
+        """Write the network in the format of the official release."""
+        from .network import unwrapped
+
+        save_network(self.release, unwrapped(network), folder, values)
+
+    def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
+        """None: text is tokenised as it is read."""
+        return [{} for _ in texts]
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        """``tokens``, ``mask`` [B, S, K+1], ``slot``, ``unconditional`` [B] and ``depth`` [B, S]; padded right.
+
+        In training each song draws whether its text is dropped, then the frames that the depth decoder is trained on.
+
+        Raises:
+            DataError: prompt and song have more rows than the network has positions.
+        """
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        slots: list[int] = []
+        dropped: list[bool] = []
+        for example in examples:
+            prompt, slot = self._prompt(example.text.get("tags", ""), example.text.get("lyrics", ""))
+            codes = torch.from_numpy(example.arrays["codes"].astype(np.int64))
+            self._check_length(len(prompt), codes.shape[1], f"song {example.id}")
+            end = self.config.audio_eos_id if example.ends else None
+            tokens, mask = song_rows(prompt, codes, end)
+            draw = np.random.Generator(np.random.PCG64(example.seed))
+            dropped.append(training and draw.random() < self.model.cfg_dropout)
+            share = self.model.depth_fraction if training else 1.0
+            rows.append((tokens, mask, _share_of(mask[:, 0], share, draw)))
+            slots.append(slot)
+        tokens, mask, depth = (nn.utils.rnn.pad_sequence(list(column), True) for column in zip(*rows, strict=True))
+        tensors = {
+            "tokens": tokens,
+            "mask": mask,
+            "depth": depth,
+            "slot": torch.tensor(slots),
+            "unconditional": torch.tensor(dropped),
+        }
+        counts = {"ce0": float(mask[..., 0].sum()), "ce_k": float(depth.sum() * (self.codebooks - 1))}
+        return Batch(tensors, counts, sum(example.arrays["codes"].shape[1] for example in examples))
+
+    def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Cross entropy summed over the frames (``ce0``), and over depth frames and the other codebooks (``ce_k``)."""
+        books = network(**batch.tensors)
+        return {"ce0": books[0], "ce_k": books[1:].sum()}
+
+    def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
+        """``codes`` [K, T] of songs that end where the network ends them, ``seconds`` at the latest.
+
+        Ids that are no codes (upstream keeps a first frame whatever it holds) become 0.
+
+        Raises:
+            DataError: a prompt with its song is longer than the network has positions.
+        """
+        from .generate import generate, sampler
+
+        frames = [max(round(prompt.seconds * self.frame_rate), 1) for prompt in prompts]
+        texts = [self._prompt(prompt.tags, prompt.lyrics) for prompt in prompts]
+        for index, ((rows, _), count) in enumerate(zip(texts, frames, strict=True)):
+            self._check_length(len(rows), count, f"prompt {index + 1}")
+        take = sampler(sampling, [prompt.seed for prompt in prompts], max(frames), self.codebooks)
+        rows, slots = zip(*texts, strict=True)
+        songs = generate(network, rows, slots, frames, sampling.guidance, take)
+        return [{"codes": np.where(codes < self.vocabulary, codes, 0).astype(np.uint16)} for codes in songs]
+
+    @cached_property
+    def release(self) -> Release:
+        """Where the weights are, and their shape."""
+        return open_release(self.model.pretrained)
+
+    @cached_property
+    def config(self) -> "HeartMuLaConfig":
+        """The network's configuration."""
+        return self.release.config
+
+    @cached_property
+    def _tokenize(self) -> Tokenize:
+        return open_tokenizer(self.release, self.model.tokenizer)
+
+    def _prompt(self, tags: str, lyrics: str) -> tuple[Int[Tensor, "S K1"], int]:
+        return prompt_rows(tags, lyrics, self._tokenize, self.config)
+
+    def _check_length(self, prompt: int, frames: int, whose: str) -> None:
+        most = self.config.backbone.max_seq_len - prompt - 1
+        if frames > most:
+            raise DataError(
+                f"{whose} has {prompt} rows of text and {frames} frames ({frames / self.frame_rate:.1f} s), "
+                f"the network has positions for {max(most, 0)} frames beside that text",
+                "shorten the lyrics or ask for less (model.segment_seconds, validation.prompts.seconds)",
+            )
+
+
+def _share_of(frames: Bool[Tensor, " S"], share: float, draw: np.random.Generator) -> Bool[Tensor, " S"]:
+    """Some of ``frames``, at least one."""
+    found = frames.nonzero().squeeze(1)
+    kept = draw.permutation(len(found))[: max(round(share * len(found)), 1)]
+    return torch.zeros_like(frames).index_fill(0, found[kept], True)

@@ -1,0 +1,131 @@
+"""HeartMuLa's weights: ``random:…`` or an official release; strictly loaded, saved alike."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.spec.errors import UtaforgeError
+from trainer.weights import load, local_path, random_weights, read_json, tensors
+
+from .llama import LlamaConfig
+
+if TYPE_CHECKING:
+    from .network import HeartMuLaConfig, HeartMuLaNetwork
+
+FLAVORS = {
+    "llama-3B": LlamaConfig(28, 24, 8, 3072, 8192, 8192),
+    "llama-300M": LlamaConfig(3, 8, 4, 3072, 8192, 2048),
+    "tiny": LlamaConfig(2, 4, 2, 64, 128, 8192),
+}
+"""Stacks that a release names (``modeling_heartmula.py``, HeartMuLa/heartlib@3981c52), and a tiny one of our own."""
+TINY = {
+    "backbone_flavor": "tiny",
+    "decoder_flavor": "tiny",
+    "text_vocab_size": 258,
+    "audio_vocab_size": 1029,
+    "muq_dim": 16,
+    "text_bos_id": 256,
+    "text_eos_id": 257,
+    "audio_eos_id": 1025,
+}
+FULL = {"backbone_flavor": "llama-3B", "decoder_flavor": "llama-300M"}
+RANDOM: Mapping[str, Mapping[str, Any]] = {"tiny": TINY, "full": FULL}
+BESIDE = ("tokenizer.json", "gen_config.json")
+"""Files that upstream keeps in the folder above the weights."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """Where weights are and how they are shaped; nothing is loaded yet.
+
+    Attributes:
+        url: ``model.pretrained``.
+        folder: files on this machine; none for random weights.
+        told: ``config.json`` and the ids of ``gen_config.json``.
+    """
+
+    url: str
+    folder: Path | None
+    told: Mapping[str, Any]
+
+    @property
+    def config(self) -> "HeartMuLaConfig":
+        """The network's configuration."""
+        from .network import HeartMuLaConfig
+
+        stacks = {stack: FLAVORS[self.told[f"{stack}_flavor"]] for stack in ("backbone", "decoder")}
+        known = {field.name for field in fields(HeartMuLaConfig)} - stacks.keys()
+        return HeartMuLaConfig(**stacks, **{name: self.told[name] for name in known & self.told.keys()})
+
+    def file(self, name: str) -> Path | None:
+        """A file beside the weights or in the folder above them, if it is there."""
+        folders = (self.folder, self.folder.parent) if self.folder else ()
+        return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
+def open_release(url: str) -> Release:
+    """The release at ``url``, its files brought to this machine if they are not there yet.
+
+    Raises:
+        UtaforgeError: there is no HeartMuLa at ``url``.
+    """
+    scheme, _, rest = url.partition(":")
+    if scheme == "random":
+        return Release(url, None, RANDOM[rest])
+    folder = local_path(url, "model.pretrained")
+    told = read_json(folder / "config.json")
+    flavors = told.get("backbone_flavor"), told.get("decoder_flavor")
+    if told.get("model_type") != "heartmula" or not FLAVORS.keys() >= set(flavors):
+        raise UtaforgeError(
+            f"{folder}/config.json describes {told.get('model_type')!r} of flavors {flavors}, not a HeartMuLa of "
+            f"{', '.join(FLAVORS)}",
+            "name the folder of HeartMuLa/HeartMuLa-oss-3B-happy-new-year",
+        )
+    ids = Release(url, folder, told).file("gen_config.json")
+    return Release(url, folder, {**told, **(read_json(ids) if ids else {})})
+
+
+def load_network(release: Release) -> "HeartMuLaNetwork":
+    """The network on the CPU in fp32; random weights follow from a fixed seed.
+
+    Raises:
+        UtaforgeError: keys or shapes are not those of the configuration; all of them are listed.
+    """
+    from .network import HeartMuLaNetwork
+
+    def make() -> HeartMuLaNetwork:
+        return HeartMuLaNetwork(release.config)
+
+    if release.folder is None:
+        return random_weights(make)
+    return load(make, tensors(release.folder), release.url)
+
+
+def save_network(release: Release, network: "HeartMuLaNetwork", folder: Path, values: Mapping[str, Tensor]) -> None:
+    """Write ``network`` as a release that ``open_release`` reads back, with the tokenizer of ``release`` beside it.
+
+    Args:
+        release: what ``network`` was loaded from.
+        network: its own values count where ``values`` has none.
+        folder: is made.
+        values: parameters by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in BESIDE:
+        if file := release.file(name):
+            shutil.copyfile(file, folder / name)
+    told = {"model_type": "heartmula", **release.told}
+    (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    state = {**network.state_dict(), **values}
+    save_file(
+        {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in state.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
