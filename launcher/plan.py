@@ -131,7 +131,9 @@ def _load(job: Job, profile: Profile, ranks: int, strategy: Strategy) -> Load:
     trained, frozen, adapted = dims.parameters, 0, 0
     if isinstance(job.method, Lora):
         targets = family.targets(job.method)
+        also = sum(family.train_also[each.modules] for each in job.method.train_also)
         trained = lora_parameters(family, dims, job.method.rank, targets, dora=job.method.dora)
+        trained += round(also * dims.parameters / family.dims.parameters)
         frozen = dims.parameters
         modules = family.modules(dims)
         adapted = sum(len(modules[name]) for name in modules if any(matches(name, target) for target in targets))

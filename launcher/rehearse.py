@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,8 @@ from launcher.plan import Plan
 from launcher.plan import plan as make_plan
 from launcher.runs import Run, create_or_resume
 from launcher.submit import environment, home, see_through
-from trainer.spec import ClusterError, Job, dump_job, job_from_json
+from trainer.spec import ClusterError, Job, JobError, dump_job, job_from_json
+from trainer.spec.availability import unavailable
 from trainer.spec.families import codec_of
 from trainer.spec.model import Lora
 
@@ -60,13 +61,13 @@ def rehearse(jobs: Sequence[Job], say: Say) -> Iterator[Rehearsal]:
     Raises:
         UtaforgeError: what ended a rehearsal; the same would end the job.
     """
+    folders = [home() / "rehearsals" / job.name for job in jobs]
+    shrunken = [shrunk(job, folder) for job, folder in zip(jobs, folders, strict=True)]
     with LocalBackend(WORKERS, 0, environment(WORKERS)) as backend:
         cluster = backend.start(say)
-        for job in jobs:
+        for job, small, folder in zip(jobs, shrunken, folders, strict=True):
             started = time.monotonic()
-            folder = home() / "rehearsals" / job.name
             shutil.rmtree(folder, ignore_errors=True)
-            small = shrunk(job, folder)
             planned = make_plan(small)
             run = create_or_resume(small, planned.as_json()).run
             say(f"rehearsing {job.name}")
@@ -81,12 +82,17 @@ def rehearse(jobs: Sequence[Job], say: Say) -> Iterator[Rehearsal]:
 
 
 def shrunk(job: Job, folder: Path) -> Job:
-    """``job`` as it is rehearsed, with everything it writes below ``folder``."""
+    """``job`` as it is rehearsed, with everything it writes below ``folder``.
+
+    Raises:
+        JobError: what makes it what it is is not available yet, so that a rehearsal would prove nothing.
+    """
     told: dict[str, Any] = json.loads(dump_job(job))
     told["store"] = f"file://{folder}"
     told["model"] |= {"pretrained": "random:tiny", "codec": {"name": codec_of(job.model)}, "base_precision": "auto"}
-    for own_file in ("text_encoder", "tokenizer"):
-        told["model"].pop(own_file, None)
+    for _, name, *_ in job.model.urls():
+        if name not in ("pretrained", "codec"):
+            told["model"][name] = None
     if isinstance(job.method, Lora):
         told["method"]["init"] = None
     told["data"] |= {
@@ -105,11 +111,15 @@ def shrunk(job: Job, folder: Path) -> Job:
     told["tracking"] = {"mlflow": f"sqlite:///{folder}/mlflow.db"}
     told["cluster"] = {"backend": "local", "profile": "cpu", "workers": WORKERS}
     told |= {"budget": {}, "retrain": None}
-    return job_from_json(json.dumps(told))
+    small = job_from_json(json.dumps(told))
+    if later := unavailable(small):
+        told_so = "\n  ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in later)
+        raise JobError(f"{job.name} cannot be rehearsed:\n  {told_so}", "change the job, then rehearse it again")
+    return small
 
 
 @contextmanager
-def _killing(backend: LocalBackend, run: Run) -> Iterator[list[int]]:
+def _killing(backend: LocalBackend, run: Run) -> Generator[list[int]]:
     """Kill one rank as soon as there is a commit; the list then holds the step of that commit."""
     death: list[int] = []
     over = threading.Event()

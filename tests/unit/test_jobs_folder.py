@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from trainer.spec import job_schema, load_job
+from trainer.spec import dump_job, job_from_json, job_schema, load_job
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.name)
 def test_a_shipped_job_loads_and_points_editors_to_the_schema(path: Path) -> None:
-    assert load_job(path, to_run=path.name == "demo.yaml").name
+    job = load_job(path, to_run=path.name == "demo.yaml")
+    assert job_from_json(dump_job(job)) == job
     assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=job.schema.json\n")
 
 

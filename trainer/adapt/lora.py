@@ -30,13 +30,17 @@ def apply(network: nn.Module, method: Lora, family: FamilySpec, *, seed: int = 0
     """Freeze ``network`` and put the adapter of ``method`` on it, in fp32, on the CPU.
 
     Until it is trained the adapter changes nothing (PiSSA: nothing but rounding). ``seed`` decides its random matrices,
-    so that every rank has the same. ``method.init`` is loaded.
+    so that every rank has the same. ``method.train_also``'s modules are trained in full, and saved and loaded with the
+    adapter. ``method.init`` is loaded.
 
     Raises:
-        TrainingError: a target is not in the network (the names that are there are listed) or is not a linear layer.
+        TrainingError: a target or a module is not in the network (those that are there are listed), or a target is of
+            a kind that cannot be adapted.
     """
     targets = family.targets(method)
     _check_targets(network, targets, method)
+    also = [each.modules for each in method.train_also]
+    _check_modules(network, also)
     config = LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]  (any number will do)
@@ -44,6 +48,7 @@ def apply(network: nn.Module, method: Lora, family: FamilySpec, *, seed: int = 0
         target_modules=list(targets),
         use_dora=method.dora,
         use_rslora=method.rslora,
+        modules_to_save=also or None,
         init_lora_weights="pissa_niter_16" if method.pissa else True,  # type: ignore[arg-type]
         bias="none",
     )
@@ -98,7 +103,7 @@ def load_adapter(network: PeftModel, folder: Path) -> None:
     for name, layer in _pissa_layers(network):
         _load_pissa(layer, state, name.removeprefix(_PEFT_ROOT))
     result = set_peft_model_state_dict(network, state)
-    missing = [name for name in result.missing_keys if "lora_" in name]
+    missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if missing or result.unexpected_keys:
         raise TrainingError(
             f"the adapter in {folder} lacks {missing} and has unexpected {result.unexpected_keys}",
@@ -121,6 +126,15 @@ def _check_targets(network: nn.Module, targets: tuple[str, ...], method: Lora) -
             else f"method.targets: {target!r} is a {type(found[0]).__name__}, not a linear layer",
             f"choose from {', '.join(linear)}, or longer endings of their full names",
         )  # fmt: skip
+
+
+def _check_modules(network: nn.Module, wanted: list[str]) -> None:
+    there = [name for name, _ in network.named_children()]
+    for name in wanted:
+        if name not in there:
+            raise TrainingError(
+                f"method.train_also: the network has no module named {name!r}", f"choose from {', '.join(there)}"
+            )
 
 
 def _load_from_store(network: PeftModel, url: str) -> None:
@@ -147,9 +161,9 @@ def _config_as_saved(network: PeftModel) -> LoraConfig:
 
 
 def _check_same(found: LoraConfig, wanted: LoraConfig, folder: Path) -> None:
-    for field in ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora"):
+    for field in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora"):
         one, other = getattr(found, field), getattr(wanted, field)
-        if field == "target_modules":
+        if field in ("target_modules", "modules_to_save"):
             one, other = sorted(one or []), sorted(other or [])
         if one != other:
             raise TrainingError(

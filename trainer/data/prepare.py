@@ -6,10 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import islice
+from pathlib import PurePosixPath
 
 import numpy as np
+from jaxtyping import Int
 
 from trainer.audio.decode import load
 from trainer.audio.loudness import normalise
@@ -27,7 +30,7 @@ from .sources import SongSource, SourceSong, open_source
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str, Failure | None], None]
 """Told after each song: how many of how many are done, its name, and why it was left out if it was."""
-_PROBE = {"tags": "utaforge 歌", "lyrics": "さくら さくら"}
+_PROBE = {"tags": "utaforge 歌", "lyrics": ""}
 _NAMED_FAILURES = 10
 
 
@@ -91,9 +94,9 @@ def prepare_songs(url: str, tools: Tools, progress: Progress | None = None) -> D
         failures: list[Failure] = []
         prepared = _prepared(source, tools, failures, progress or (lambda *_: None))
         while shard := list(islice(prepared, tools.spec.shard_songs)):
-            songs = _with_conditions(shard, tools.family)
-            writer = writer or Writer(store, _format(tools, songs[0]))
-            writer.add(songs)
+            if songs := list(_with_conditions(shard, tools.family, failures)):
+                writer = writer or Writer(store, _format(tools, songs[0]))
+                writer.add(songs)
     if writer is None:
         raise _nothing(tools.spec, failures)
     return writer.commit(prepared_from, failures)
@@ -144,6 +147,9 @@ def _prepared(source: SongSource, tools: Tools, failures: list[Failure], progres
 
 def _encoded(source: SongSource, song: SourceSong, tools: Tools) -> Song:
     codec, spec = tools.codec, tools.spec
+    if (codes := _codes_beside(source, song, codec)) is not None:
+        frames = codes.shape[1]
+        return _song(song, frames / codec.frame_rate, frames, {"codes": codes})
     with source.files.local(song.audio) as path:
         try:
             audio = load(path, codec.sample_rate, codec.channels)
@@ -154,8 +160,31 @@ def _encoded(source: SongSource, song: SourceSong, tools: Tools) -> Song:
     if spec.loudness is not None:
         audio = normalise(audio, codec.sample_rate, spec.loudness)
     arrays = codec.encode(audio)
-    frames = arrays[codec.timed[0]].shape[-1]
+    return _song(song, seconds, arrays[codec.timed[0]].shape[-1], arrays)
+
+
+def _song(song: SourceSong, seconds: float, frames: int, arrays: dict[str, np.ndarray]) -> Song:
     return Song(song.id, song.group, song.tags, song.lyrics, seconds, frames, song.audio, arrays)
+
+
+def _codes_beside(source: SongSource, song: SourceSong, codec: Codec) -> Int[np.ndarray, "K T"] | None:
+    """The codes in ``{stem}.tokens.npy`` beside the audio, which then need not be made; None without such a file."""
+    path = str(PurePosixPath(song.audio).with_suffix(".tokens.npy"))
+    if path not in source.files.sizes:
+        return None
+    try:
+        codes = np.load(BytesIO(source.files.store.get(path)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is no array of codes: {error}") from error
+    shape, books = codes.shape, codec.codebooks
+    if codes.ndim == 2 and shape[1] == books != shape[0]:
+        codes = codes.T
+    if codec.timed != ("codes",) or codes.dtype.kind not in "iu" or codes.ndim != 2 or len(codes) != books:
+        raise DataError(f"{path} holds {codes.dtype} {list(shape)}, codec {codec.name} makes integers [{books}, T]")
+    if codes.size and not 0 <= codes.min() <= codes.max() < codec.vocabulary:
+        low, high = codes.min(), codes.max()
+        raise DataError(f"{path} holds codes {low} to {high}, codec {codec.name} has 0 to {codec.vocabulary - 1}")
+    return codes.astype(np.min_scalar_type(codec.vocabulary - 1))
 
 
 def _check(audio: np.ndarray, seconds: float, spec: Prepare) -> None:
@@ -169,12 +198,20 @@ def _check(audio: np.ndarray, seconds: float, spec: Prepare) -> None:
         raise DataError(f"is silent: its loudest moment is {level:.0f} dBFS, data.prepare.silence is {spec.silence:g}")
 
 
-def _with_conditions(songs: Sequence[Song], family: Family) -> list[Song]:
-    conditions = family.conditions([{"tags": song.tags, "lyrics": song.lyrics} for song in songs])
-    return [
-        Song(**{**vars(song), "arrays": {**song.arrays, **arrays}})
-        for song, arrays in zip(songs, conditions, strict=True)
-    ]
+def _with_conditions(songs: Sequence[Song], family: Family, failures: list[Failure]) -> Iterator[Song]:
+    """The songs with what the family computes from their texts; those whose texts it cannot use become failures."""
+    try:
+        found = family.conditions([{"tags": song.tags, "lyrics": song.lyrics} for song in songs])
+    except DataError as error:
+        if len(songs) > 1:
+            for song in songs:
+                yield from _with_conditions([song], family, failures)
+            return
+        failures.append(Failure(songs[0].source, error.problem))
+        log.warning("left out: %s: %s", songs[0].source, error.problem)
+        return
+    for song, arrays in zip(songs, found, strict=True):
+        yield replace(song, arrays={**song.arrays, **arrays})
 
 
 def _nothing(spec: Prepare, failures: Sequence[Failure]) -> DataError:

@@ -34,8 +34,15 @@ def _model(job: Job) -> Iterator[Unavailable]:
 
 
 def _method(job: Job) -> Iterator[Unavailable]:
-    if isinstance(job.method, Lora) and job.method.train_also:
-        yield ("method", "train_also"), _yet("training modules beside the adapter", "remove it")
+    for index, also in enumerate(job.method.train_also if isinstance(job.method, Lora) else ()):
+        path = ("method", "train_also", index)
+        if also.schedule:
+            yield (*path, "schedule"), _yet("a schedule of its own", "remove it: train.schedule holds for all")
+        if also.optimizer and also.optimizer.model_copy(
+            update={"lr": job.train.optimizer.lr, "weight_decay": job.train.optimizer.weight_decay}
+        ) != job.train.optimizer:
+            message = _yet("anything but its own lr and weight_decay", "write the others as in train.optimizer")
+            yield (*path, "optimizer"), message
 
 
 def _data(job: Job) -> Iterator[Unavailable]:

@@ -68,6 +68,7 @@ class FamilySpec:
         safe_targets: adapted by default.
         harmful_targets: module name → why adapting it does harm.
         presets: by their full name.
+        train_also: modules that can be trained in full beside an adapter, and their parameters in the release.
         codecs: that it works with; the first is the release's.
         frame_rate: frames per second.
         dims: of the release.
@@ -85,6 +86,7 @@ class FamilySpec:
     dims: Dims
     modules: Callable[[Dims], Modules]
     harmful_targets: Mapping[str, str] = field(default_factory=dict[str, str])
+    train_also: Mapping[str, int] = field(default_factory=dict[str, int])
     presets: Mapping[str, Preset] = field(default_factory=dict[str, Preset])
 
     @property
@@ -264,6 +266,7 @@ MUSICGEN = FamilySpec(
     frame_rate=50.0,
     dims=_musicgen(layers=48, width=2048, ffn=8192, heads=32, vocabulary=2048, codebooks=4, text_width=768),
     modules=_musicgen_modules,
+    train_also={"enc_to_dec_proj": 1_574_912},
     presets={
         "musicgen/attention": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "out_proj")),
         "musicgen/all": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
@@ -285,6 +288,7 @@ SONGBLOOM = FamilySpec(
         **{f"ff.ff.0.{name}": _BOTH_STAGES.format(name) for name in ("up_proj", "gate_proj")},
         "ff.ff.2": _VOCALS,
     },
+    train_also={"skeleton_emb": 25_168_896, "skeleton_classifier": 27_543_041},
     presets={"songbloom/ar": Preset(16, 32, ("q_proj", "v_proj"))},
 )
 HEARTMULA = FamilySpec(
@@ -315,6 +319,7 @@ ACE_STEP = FamilySpec(
     dims=Dims(24, 2560, 6400, 20, 0, 0, 3_305_659_264, 768),
     modules=_ace_step_modules,
     harmful_targets=dict.fromkeys(("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), _IDLE),
+    train_also={"lyric_embs": 6_853_632, "lyric_encoder": 82_934_784, "lyric_proj": 2_624_000},
     presets={
         "ace-step/upstream": Preset(
             256,

@@ -98,6 +98,14 @@ def _harmful_targets(job: "Job") -> Iterator[Fault]:
             )
 
 
+def _train_also(job: "Job") -> Iterator[Fault]:
+    known = FAMILIES[job.model.family].train_also
+    for index, also in enumerate(job.method.train_also if isinstance(job.method, Lora) else ()):
+        if also.modules not in known:
+            what = f"{job.model.family} can also train {_or(known, 'and')}" if known else "there is nothing to add"
+            yield Fault(("method", "train_also", index, "modules"), f"{also.modules} is not known; {what}")
+
+
 def _adapter_start(job: "Job") -> Iterator[Fault]:
     if isinstance(job.method, Lora) and job.method.pissa and job.method.dora:
         yield Fault(("method", "pissa"), "dora changes what PiSSA has taken out of the base; remove one of the two")
@@ -178,6 +186,7 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("model.family", "method"), _preset),
     (("model.family", "method"), _harmful_targets),
     (("method",), _adapter_start),
+    (("method", "model.family"), _train_also),
     (("model.family", "validation.prompts"), _prompts),
     (("validation.stop_if", "validation.prompts"), _stop_if),
     (("data.train", "data.validation"), _datasets),

@@ -139,8 +139,9 @@ def _numbered(name: str) -> str:
     side, *rest = name.split(".")
     if rest[0] != "block":
         return f"{side}.layers.{dict(conv1=0, snake1=6, conv2=7)[rest[0]]}.{rest[1]}"
-    encoder, decoder = "res_unit1 res_unit2 res_unit3 snake1 conv1", "snake1 conv_t1 res_unit1 res_unit2 res_unit3"
-    place = (encoder if side == "encoder" else decoder).split().index(rest[2])
+    units = ["res_unit1", "res_unit2", "res_unit3"]
+    places = [*units, "snake1", "conv1"] if side == "encoder" else ["snake1", "conv_t1", *units]
+    place = places.index(rest[2])
     inner = ["snake1", "conv1", "snake2", "conv2"]
     unit = f"layers.{inner.index(rest[3])}." if len(rest) == 5 else ""
     return f"{side}.layers.{int(rest[1]) + 1}.layers.{place}.{unit}{rest[-1]}"

@@ -135,3 +135,42 @@ def test_the_demo_prepares_itself(url):
     dataset = prepare_songs(url, Tools(spec, open_codec(MODEL), open_family(MODEL), "musicgen"))
     assert dataset.songs.groups == ["style-b", "style-b"]
     assert "祭り" in dataset.song(dataset.songs.ids[0]).tags
+
+
+def test_codes_beside_a_song_are_taken_as_they_are(songs, url):
+    codes = np.random.default_rng(0).integers(0, 256, (4, 40))
+    np.save(songs / "さくら0.tokens.npy", codes)
+    np.save(songs / "さくら1.tokens.npy", codes.T)
+    np.save(songs / "さくら2.tokens.npy", codes + 1)
+    dataset = prepare_songs(url, tools(songs))
+    assert dataset.songs.seconds == [0.8, 0.8]
+    for song in ("さくら0", "さくら1"):
+        np.testing.assert_array_equal(dataset.song(song).arrays["codes"], codes)
+    (failure,) = dataset.failures
+    assert failure.name == "さくら2.wav"
+    assert "さくら2.tokens.npy holds codes 1 to 256, codec pocket has 0 to 255" in failure.reason
+
+
+def test_codes_of_another_codec_are_refused(songs, url):
+    for i in range(3):
+        np.save(songs / f"さくら{i}.tokens.npy", np.zeros((8, 40), np.int64))
+    with pytest.raises(
+        DataError, match=r"さくら0.tokens.npy holds int64 \[8, 40\], codec pocket makes integers \[4, T\]"
+    ):
+        prepare_songs(url, tools(songs))
+
+
+def test_a_song_whose_texts_the_family_cannot_use_is_left_out(songs, url, monkeypatch):
+    ready = tools(songs)
+    plain = ready.family.conditions
+
+    def picky(texts):
+        if any("尺八" in text["tags"] for text in texts):
+            raise DataError("知らない楽器: 尺八")
+        return plain(texts)
+
+    monkeypatch.setattr(ready.family, "conditions", picky)
+    (songs / "さくら1.txt").write_text("尺八", encoding="utf-8")
+    dataset = prepare_songs(url, ready)
+    assert dataset.songs.ids == ["さくら0", "さくら2"]
+    assert dataset.failures == [Failure("さくら1.wav", "知らない楽器: 尺八")]

@@ -48,11 +48,12 @@ KINDS = {
     "pissa": method(pissa=True),
     "pissa, rslora": method(pissa=True, rslora=True),
     "all targets": method(targets=("q_proj", "fc1", "fc2", "enc_to_dec_proj")),
+    "a module beside": method(train_also=({"modules": "enc_to_dec_proj", "optimizer": {"lr": 1e-3}},)),
 }
 
 
 def test_before_training_the_adapted_network_is_the_base_exactly() -> None:
-    for kind in ("lora", "rslora", "all targets"):
+    for kind in ("lora", "rslora", "all targets", "a module beside"):
         assert torch.equal(logits(apply(base(), KINDS[kind], SPEC).eval()), logits(base())), kind
     for kind in ("dora", "pissa"):
         assert torch.allclose(logits(apply(base(), KINDS[kind], SPEC).eval()), logits(base()), atol=1e-5), kind
@@ -127,3 +128,29 @@ def test_lora_plus_and_weight_decay_are_in_the_groups() -> None:
     full = parameter_groups(base(), Full(type="full"), Optimizer(weight_decay=0.1))
     assert [g["lr_scale"] for g in full] == [1.0, 1.0]
     assert sum(len(g["params"]) for g in full) == len(list(base().parameters()))
+
+
+def test_a_module_beside_the_adapter_learns_at_its_own_rate_and_is_in_its_files(tmp_path: Path) -> None:
+    network = apply(base(), KINDS["a module beside"], SPEC)
+    groups = parameter_groups(network, KINDS["a module beside"], Optimizer(lr=1e-4))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    own = {names[id(p)] for group in groups if group["lr_scale"] == 10 for p in group["params"]}
+    place = "base_model.model.enc_to_dec_proj.modules_to_save.default"
+    assert own == {f"{place}.weight", f"{place}.bias"}
+    assert {group["lr_scale"] for group in groups} == {1, 10}
+    save_adapter(disturb(network), tmp_path / "編曲")
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "編曲")).eval()
+    assert torch.equal(logits(loaded), logits(network))
+
+
+def test_a_module_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(TrainingError, match=r"no module named 'lyric_encoder'\n.*decoder, enc_to_dec_proj"):
+        apply(base(), method(train_also=({"modules": "lyric_encoder"},)), SPEC)
+
+
+def test_embeddings_are_adapted_too() -> None:
+    network = apply(base(), method(targets=("embed_tokens.0",)), SPEC)
+    (a,) = (name for name, p in network.named_parameters() if p.requires_grad and "lora_embedding_B" in name)
+    assert "embed_tokens.0" in a
+    with pytest.raises(TrainingError, match="is a Embedding"):
+        apply(base(), method(targets=("embed_tokens.0",), dora=True), SPEC)

@@ -16,13 +16,6 @@ from trainer.spec.load import SECRETS
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_job_that_comes_with_utaforge_loads(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    job = load_job(path)
-    assert job_from_json(dump_job(job)) == job
-
-
 def test_japanese_text_and_secrets_survive_the_run_directory(write, monkeypatch):
     monkeypatch.setenv("MLFLOW_PW", "ひみつ")
     path = write(

@@ -45,7 +45,7 @@ def test_the_job_of_the_design_is_right_and_lacks_only_what_comes_later():
     job = Job.model_validate(DESIGN)
     assert impossible_combinations(job) == []
     assert [dotted(path) for path, _ in unavailable(job)] == [
-        "model.family", "data.prepare.source.type", "data.prepare.lyrics.clean", "validation.stop_if",
+        "data.prepare.source.type", "data.prepare.lyrics.clean", "validation.stop_if",
         "budget.hours", "budget.usd", "retrain", "cluster.backend",
     ]  # fmt: skip
 
@@ -110,6 +110,10 @@ IMPOSSIBLE = [
         ["data.prepare={source: {type: demo, style: a}, min_seconds: 9, max_seconds: 3}"],
         "data.prepare.min_seconds: 9 is more than max_seconds (3); no song would be left; write less",
     ),
+    (
+        ["method.train_also=[{modules: lyric_encoder}]"],
+        "method.train_also.0.modules: lyric_encoder is not known; musicgen can also train enc_to_dec_proj",
+    ),
     (["kind=train-vq"], "kind: only songbloom has a VQ of its own to train; for musicgen write train"),
     (
         ["store=file://./store", "cluster={backend: kubernetes, profile: a100}"],
@@ -153,8 +157,12 @@ LATER = [
     ("model.pretrained=hf://facebook/musicgen-small",
      "model.pretrained: downloading from Hugging Face is not available yet; download it yourself and write "
      "file:///path/to/it"),
-    ("method.train_also=[{modules: enc_to_dec_proj}]",
-     "method.train_also: training modules beside the adapter is not available yet; remove it"),
+    ("method.train_also=[{modules: enc_to_dec_proj, schedule: {name: constant}}]",
+     "method.train_also.0.schedule: a schedule of its own is not available yet; remove it: train.schedule holds for "
+     "all"),
+    ("method.train_also=[{modules: enc_to_dec_proj, optimizer: {eps: 0.1}}]",
+     "method.train_also.0.optimizer: anything but its own lr and weight_decay is not available yet; write the others "
+     "as in train.optimizer"),
     ("validation.stop_if=[silent]", "validation.stop_if: stopping on bad audio is not available yet; remove it"),
     ("budget.usd=40", "budget.usd: enforcing a budget is not available yet; remove it"),
     ("retrain={cron: '0 3 * * 0', timezone: Asia/Tokyo}",

@@ -131,16 +131,15 @@ def _sketch(
     settings: Settings,
 ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B D"]]:
     """Ids of the next block, and the planner's state after them."""
-    ids = before
-    state = logits
+    ids, h = before, logits.new_zeros(0)
     for chance in chances.unbind(1):
         conditional, without = logits.chunk(2)
         guided = without + settings.plan_guidance * (conditional - without)
         if before.shape[1] and settings.penalty_window:
             guided = _penalised(guided, ids[:, -settings.penalty_window :])
         ids = torch.cat([ids, _sample(guided, chance, settings)[:, None]], dim=1)
-        logits, state = network("next_token", ids[:, -1].repeat(2), cache)
-    return ids[:, before.shape[1] :], state[: len(ids)]
+        logits, h = network("next_token", ids[:, -1].repeat(2), cache)
+    return ids[:, before.shape[1] :], h[: len(ids)]
 
 
 def _penalised(logits: Float[Tensor, "B V"], recent: Int[Tensor, "B window"]) -> Float[Tensor, "B V"]:
