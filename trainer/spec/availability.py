@@ -38,9 +38,13 @@ def _method(job: Job) -> Iterator[Unavailable]:
         path = ("method", "train_also", index)
         if also.schedule:
             yield (*path, "schedule"), _yet("a schedule of its own", "remove it: train.schedule holds for all")
-        if also.optimizer and also.optimizer.model_copy(
-            update={"lr": job.train.optimizer.lr, "weight_decay": job.train.optimizer.weight_decay}
-        ) != job.train.optimizer:
+        if (
+            also.optimizer
+            and also.optimizer.model_copy(
+                update={"lr": job.train.optimizer.lr, "weight_decay": job.train.optimizer.weight_decay}
+            )
+            != job.train.optimizer
+        ):
             message = _yet("anything but its own lr and weight_decay", "write the others as in train.optimizer")
             yield (*path, "optimizer"), message
 

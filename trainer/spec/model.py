@@ -59,6 +59,8 @@ class SongBloom(BaseModelSpec):
     family: Literal["songbloom"]
     cfg_dropout: Fraction = 0.1
     style_seconds: PositiveFloat = 10.0
+    segment_seconds: PositiveFloat = 150.0
+    """Longer songs are cut into segments of at most this length; 240 for the release of that name."""
 
 
 class HeartMuLa(BaseModelSpec):

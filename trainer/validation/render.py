@@ -89,9 +89,7 @@ def render(
         batch = prompts[start : start + TOGETHER]
         wanted = [prompt for _, prompt in batch]
         sampling = validation.sampling
-        made = (
-            family.generate(network, wanted, sampling) if lockstep else _generate(network, family, wanted, sampling)
-        )
+        made = family.generate(network, wanted, sampling) if lockstep else _generate(network, family, wanted, sampling)
         for (index, prompt), arrays in zip(batch, made, strict=True):
             if arrays is not None and index % world == rank:
                 songs.append(_finish(index, prompt, arrays, codec, validation.format))
@@ -120,9 +118,7 @@ def store_audio(store: Store, step: int, songs: Sequence[Rendered]) -> Stored:
     return Stored([*paths, measures], metrics)
 
 
-def _generate(
-    network: nn.Module, family: Family, prompts: Sequence[Prompt], sampling: Sampling
-) -> list[Arrays | None]:
+def _generate(network: nn.Module, family: Family, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays | None]:
     """What each prompt gave, together or one by one as memory allows; None where it does not."""
     try:
         return list(family.generate(network, prompts, sampling))

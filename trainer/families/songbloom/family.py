@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.families.base import Arrays, Batch, Example, Family
-from trainer.spec.errors import DataError
+from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import SongBloom
 from trainer.weights import local_path
@@ -42,19 +42,25 @@ class SongBloomFamily(Family):
 
     def __init__(self, model: SongBloom) -> None:
         self.model = model
+        self.segment_seconds = model.segment_seconds
 
     @cached_property
     def vocabulary(self) -> int:
         """Entries of the sketch codebook."""
         return self.release.config.pitches
 
-    @cached_property
-    def segment_seconds(self) -> float:
-        """The longest song that the release was trained on."""
-        return self.release.config.max_seconds
-
     def network(self) -> "networks.SongBloom":
-        """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
+        """The network with the weights of ``model.pretrained``, on the CPU in fp32.
+
+        Raises:
+            UtaforgeError: segments are to be longer than what the release was trained on.
+        """
+        if self.segment_seconds > (most := self.release.config.max_seconds):
+            raise UtaforgeError(
+                f"model.segment_seconds: {self.segment_seconds:g} is more than the {most:g} s that "
+                f"{self.model.pretrained} was trained on",
+                f"write at most {most:g}",
+            )
         return load_network(self.release)
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
