@@ -158,3 +158,11 @@ def test_hashed_text_is_the_same_for_ever_and_bounded() -> None:
     assert np.allclose(first[0, :3], (-0.3547, 0.3792, 1.164), atol=1e-3)
     assert empty.shape == (0, 64)
     assert long.shape == (32, 64)
+
+
+def test_the_full_size_has_the_released_number_of_parameters() -> None:
+    full = open_family(MusicGen(family="musicgen", pretrained="random:full"))
+    with torch.device("meta"):
+        network = full.network()
+    assert sum(parameter.numel() for parameter in network.decoder.parameters()) == 3_255_382_016
+    assert all(value.is_meta for value in network.state_dict().values())
