@@ -121,6 +121,13 @@ def test_ids_outside_the_tables_are_refused(family: SongBloomFamily) -> None:
         family.collate(examples(family, (15,)), training=False)
 
 
+def test_lines_divide_like_spaces(family: SongBloomFamily) -> None:
+    flat, lines = (family.conditions([{"lyrics": text}])[0]["lyric_ids"]
+                   for text in ("[verse] s a . [chorus] k u", "[verse]\ns a .\n\n[chorus]\nk u\n"))  # fmt: skip
+    assert np.array_equal(flat, lines)
+    assert len(flat) > 1
+
+
 def test_unknown_lyrics_are_named(family: SongBloomFamily, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         [condition] = family.conditions([{"lyrics": "[verse] 桜 桜 a 咲く"}])

@@ -37,9 +37,10 @@ class Vocabulary:
     def encode(self, lyrics: str) -> tuple[Int[np.ndarray, " L"], Counter[str]]:
         """Ids of ``lyrics``, and the tokens that are not in the vocabulary and so left out.
 
-        No lyrics are one empty token.
+        No lyrics are one empty token, and two spaces in a row hold one, as upstream. In lyrics of several lines any
+        white space divides.
         """
-        tokens = lyrics.split(" ")
+        tokens = lyrics.split() if "\n" in lyrics else lyrics.split(" ")
         unknown = Counter(token for token in tokens if token not in self._ids)
         return np.array([self._ids[token] for token in tokens if token in self._ids], np.int64), unknown
 
