@@ -209,8 +209,10 @@ def test_a_release_is_read_with_its_vae_its_references_and_its_vocabulary(networ
     for url in (f"file://{tmp_path}", f"file://{tmp_path}/full.safetensors"):
         family = SongBloomFamily(SongBloom(family="songbloom", pretrained=url))
         assert family.release.config == replace(network.config, tokens=tuple(tokens), max_seconds=240.0)
-        assert family.segment_seconds == 240.0
     assert torch.equal(family.network().bos_token, network.bos_token)
+    longer = SongBloom(family="songbloom", pretrained=url, segment_seconds=300)
+    with pytest.raises(UtaforgeError, match=r"model\.segment_seconds: 300 is more than the 240 s"):
+        SongBloomFamily(longer).network()
 
 
 def test_a_wrong_release_is_refused_by_what_is_wrong(network: Network, tmp_path: Path) -> None:
