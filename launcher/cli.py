@@ -302,10 +302,18 @@ def demo_data(folder: str) -> None:
 
 
 @cli.command()
+@click.option("--model", "weights_url", metavar="URL", help="Test these weights instead, on the songs of --dataset.")
+@click.option("--dataset", "dataset_url", metavar="URL", help="Prepared for the family of --model.")
 @_store_options
 @_json
-def doctor(store_url: str | None, job_path: str | None, as_json: bool) -> None:
-    """What is missing on this machine, and the cure."""
+def doctor(
+    weights_url: str | None, dataset_url: str | None, store_url: str | None, job_path: str | None, as_json: bool
+) -> None:
+    """What is missing on this machine, and the cure; with --model, whether weights and songs are right."""
+    if (weights_url is None) != (dataset_url is None):
+        raise click.UsageError("--model and --dataset go together")
+    if weights_url and dataset_url:
+        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, dataset_url))
     from dataclasses import asdict
 
     from launcher import show
