@@ -191,8 +191,8 @@ def test_logs_of_all_attempts_remain(story: Story) -> None:
     driver, rank = (
         (story.store.run() / "logs" / f"{name}.log").read_text(encoding="utf-8") for name in ("driver", "rank-0")
     )
-    assert re.search(r"step 1/24 · loss", rank)
-    assert len(re.findall("going on from step", rank)) == len(story.resumed)
+    assert "step 1/24 · loss" in rank
+    assert f"going on from step {story.resumed[2]}" in rank
     assert "a rank was lost" in driver
     assert f"going on from step {story.resumed[2]}" in driver
 

@@ -153,6 +153,8 @@ LATER = [
      "data.prepare.lyrics.clean: cleaning lyrics is not available yet; clean the .lyrics files yourself and remove it"),
     ("data.prepare={source: {type: demo, style: a}, lyrics: {transcribe: {model: s3://w}}}",
      "data.prepare.lyrics.transcribe: transcription is not available yet; write .lyrics files yourself and remove it"),
+    ("model={family: ace_step, pretrained: random:tiny, scheduled_sampling: {max_offset: 2}}",
+     "model.scheduled_sampling: scheduled sampling is not available yet; remove it"),
     ("model.base_precision=int8", "model.base_precision: int8 is not available yet; write auto"),
     ("model.pretrained=hf://facebook/musicgen-small",
      "model.pretrained: downloading from Hugging Face is not available yet; download it yourself and write "
