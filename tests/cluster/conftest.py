@@ -129,6 +129,7 @@ class Utaforge:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                preexec_fn=_hear_ctrl_c,
             )
         return Started(process, log)
 
@@ -199,6 +200,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.terminate()
         process.wait()
         log.close()
+
+
+def _hear_ctrl_c() -> None:
+    """A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
