@@ -139,7 +139,7 @@ def story(utaforge: Utaforge, whole: Store) -> Story:
     note(said.text, said.code)
 
     second = utaforge.start("submit", str(made.job), "--yes")
-    second.until(lambda: after(told.resumed[1]))
+    second.until(lambda: going_on(second.text) and after(told.resumed[1]))
     second.kill_everything()
     told.resumed.append(made.commits()[-1])
     note(second.text, None)
