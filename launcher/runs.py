@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -309,7 +309,7 @@ def create_or_resume(job: Job, plan: Mapping[str, Any], name: str | None = None)
     run.refuse_if_running()
     dumped = dump_job(job).encode()
     if not run.store.create("job.json", dumped):
-        if differing := _differences(run.job, job):
+        if differing := list(changes(run.job, job, MAY_DIFFER)):
             raise _other_job(run.name, differing)
         run.store.put("job.json", dumped)
     run.store.put("plan.json", json.dumps(plan, ensure_ascii=False, indent=1).encode())
@@ -339,7 +339,7 @@ def _next(place: Store, job: Job) -> tuple[Run, str]:
         run = runs[number]
         if run.finished:
             continue
-        found = _differences(run.job, job)
+        found = list(changes(run.job, job, MAY_DIFFER))
         if not found:
             return run, _going_on(run)
         if number == max(runs):
@@ -369,15 +369,12 @@ def _going_on(run: Run) -> str:
     )
 
 
-def _differences(old: Job, new: Job) -> list[str]:
-    """``path: old → new`` for every field that decides what is learnt."""
-    before, after = ({path: value for path, value in _flat(json.loads(dump_job(job)))} for job in (old, new))
-    paths = [path for path in before | after if before.get(path) != after.get(path)]
-    return [
-        f"{'.'.join(path)}: {_shown(before.get(path))} → {_shown(after.get(path))}"
-        for path in paths
-        if not any(path[: len(free)] == free for free in MAY_DIFFER)
-    ]
+def changes(old: Job, new: Job, without: Sequence[tuple[str, ...]] = ()) -> Iterator[str]:
+    """``path: old → new`` for every field that differs, but those below a path of ``without``."""
+    before, after = (dict(_flat(json.loads(dump_job(job)))) for job in (old, new))
+    for path in before | after:
+        if before.get(path) != after.get(path) and not any(path[: len(free)] == free for free in without):
+            yield f"{'.'.join(path)}: {_shown(before.get(path))} → {_shown(after.get(path))}"
 
 
 def _flat(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

@@ -155,7 +155,7 @@ def summary(outcome: Outcome, store_option: str) -> None:
 def rehearsal(done: Rehearsal, say: Say) -> None:
     """Say what a rehearsal has run and what it has not."""
     say(f"{done.name} is rehearsed, in {_clock(done.seconds)}; everything lies in {done.folder}")
-    for mark, lines in (("ran", done.exercised), ("did not run", done.left_out)):
+    for mark, lines in (("ran", done.exercised), ("had another value", done.replaced)):
         for line in lines:
             say(f"  {mark}: {line}")
 

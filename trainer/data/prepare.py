@@ -131,7 +131,7 @@ def _format(tools: Tools, song: Song) -> ShardFormat:
 
 
 def _prepared(source: SongSource, tools: Tools, failures: list[Failure], progress: Progress) -> Iterator[Song]:
-    songs = source.songs()
+    songs = source.songs()[: tools.spec.limit]
     for done, song in enumerate(songs, 1):
         name, failure = (song.name, song) if isinstance(song, Failure) else (song.audio, None)
         if isinstance(song, SourceSong):

@@ -142,6 +142,8 @@ class Prepare(Spec):
     lyrics: Lyrics = Lyrics()
     loudness: Annotated[float, Field(ge=-70, le=0)] | None = None
     """Normalise to this integrated loudness, LUFS."""
+    limit: PositiveInt | None = None
+    """Only the first so many songs of the source, to try things with."""
     min_seconds: PositiveFloat = 1.0
     max_seconds: PositiveFloat | None = None
     silence: Annotated[float, Field(le=0)] = -60.0

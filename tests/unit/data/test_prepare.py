@@ -174,3 +174,7 @@ def test_a_song_whose_texts_the_family_cannot_use_is_left_out(songs, url, monkey
     dataset = prepare_songs(url, ready)
     assert dataset.songs.ids == ["さくら0", "さくら2"]
     assert dataset.failures == [Failure("さくら1.wav", "知らない楽器: 尺八")]
+
+
+def test_a_limit_takes_the_first_songs_only(songs, url):
+    assert sorted(prepare_songs(url, tools(songs, limit=2)).songs.ids) == ["さくら0", "さくら1"]
