@@ -51,7 +51,7 @@ ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 		--artifacts-destination $(UTAFORGE_HOME)/mlartifacts
 
 test: $(READY) ## all tests
-	@$(BIN)/python -m pytest --durations=15
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 check: $(READY) ## lint, types, layers
 	@$(BIN)/ruff check
