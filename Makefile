@@ -66,6 +66,9 @@ fix: $(READY) ## what the linters can repair
 bench: $(READY) ## measure, and write tests/bench/results
 	@$(BIN)/python -m tests.bench
 
+bench-gpu: $(READY) ## LoRA steps beside plain PEFT, on the GPU if there is one: make bench-gpu FAMILIES="musicgen songbloom"
+	@$(BIN)/python -m tests.bench.gpu $(FAMILIES)
+
 demo-base: $(READY) ## make builtin:pocket again (codebooks and base network)
 	@$(BIN)/python -m trainer.builtin
 
@@ -82,4 +85,4 @@ lock: $(READY) ## resolve requirements.lock again
 clean: ## remove .venv and caches; runs, datasets and MLflow's records stay
 	@rm -rf .venv .utaforge/cache
 
-.PHONY: help setup submit plan prepare list doctor ui test check fix bench demo-base goldens lock clean
+.PHONY: help setup submit plan prepare list doctor ui test check fix bench bench-gpu demo-base goldens lock clean

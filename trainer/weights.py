@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 import torch
@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.spec.errors import UtaforgeError
-from trainer.store import Store, open_store
+
+if TYPE_CHECKING:
+    from trainer.store import Store
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -37,7 +39,7 @@ def local_path(url: str, place: str) -> Path:
         return path
     home = Path(os.environ.get("UTAFORGE_HOME", ".utaforge"))
     folder = home / "cache" / "weights" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    store = open_store(url)
+    store = _store(url)
     entries = [entry for entry in store.list() if "/" not in entry.path]
     if not entries:
         return _single_file(url, place, folder)
@@ -150,7 +152,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _single_file(url: str, place: str, folder: Path) -> Path:
     parent, _, name = url.rpartition("/")
-    store = open_store(parent)
+    store = _store(parent)
     entry = next((entry for entry in store.list() if entry.path == name), None)
     if entry is None:
         raise UtaforgeError(f"{place}: there is nothing at {url}", "name the folder of the release, or its file")
@@ -158,7 +160,14 @@ def _single_file(url: str, place: str, folder: Path) -> Path:
     return folder / name
 
 
-def _download(store: Store, path: str, target: Path, size: int) -> None:
+def _store(url: str) -> "Store":
+    """Imported when it is asked for: random weights and files of this machine do without obstore."""
+    from trainer.store import open_store
+
+    return open_store(url)
+
+
+def _download(store: "Store", path: str, target: Path, size: int) -> None:
     if target.exists() and target.stat().st_size == size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
