@@ -47,7 +47,7 @@ HOPPER = 989e12
 PEAKS = {"H200": HOPPER, "H100": HOPPER, "A100": 312e12, "4090": 165e12, "T4": 65e12}
 """Dense operations a second in 16 bits with sums in fp32, by the makers' data sheets (H100, H200, A100: SXM)."""
 LEAST_ON_HOPPER = 0.4
-BYTES_PER_SONG = 16 << 30
+BYTES_PER_SONG = 32 << 30
 """Memory that a song of the greatest length is given at first."""
 WEIGHTED = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 """Products with weights; those of attention are batched."""
