@@ -18,7 +18,6 @@ from trainer.families.fish_speech.family import FishSpeechFamily
 from trainer.families.fish_speech.generate import Sampler, draw_table, generate
 from trainer.families.fish_speech.network import FishSpeechNetwork
 from trainer.families.fish_speech.objective import example, prompt
-from trainer.families.fish_speech.protos import read_protos
 from trainer.families.fish_speech.text import Bytes, Json, Ranks, clean
 from trainer.families.fish_speech.weights import open_release
 from trainer.spec.errors import DataError, UtaforgeError
@@ -262,22 +261,6 @@ def test_rank_stabilised_adapters_are_scaled_for_upstream_and_dora_is_refused(tm
         export_adapter(tmp_path / "dora", tmp_path / "lora.ckpt")
 
 
-def test_packed_data_is_read_whether_numbers_are_packed_or_not_and_damage_is_told(tmp_path: Path) -> None:
-    packed = _message(3, _message(1, bytes([5, 0xE7, 7]))) + _message(3, b"\x08\x06\x08\x01")
-    group = _message(2, "花子".encode()) + _message(4, _message(1, TEXT.encode()) + packed) + b"\x4d\0\0\0\0"
-    whole = len(group).to_bytes(4, "little") + group
-    file = tmp_path / "00000000.protos"
-    file.write_bytes(whole * 2)
-    first, second = read_protos(file)
-    assert first.name == second.name == "花子" and first.source == ""
-    assert first.sentences[0].texts == [TEXT]
-    assert first.sentences[0].codes.tolist() == [[5, 999], [6, 1]]
-    for damaged in (whole[:-1], whole[:3], len(b"\x0b").to_bytes(4, "little") + b"\x0b"):
-        file.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"is no \.protos file, or damaged"):
-            list(read_protos(file))
-
-
 def _tokenizer_files(folder: Path, version: str) -> None:
     if version == "1.5":
         lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
@@ -297,8 +280,3 @@ def _adapted(targets: list[str] | None = None, **options: bool) -> PeftModel:
     adapted = get_peft_model(family().network(), config)
     assert isinstance(adapted, PeftModel)
     return adapted
-
-
-def _message(field: int, content: bytes) -> bytes:
-    assert len(content) < 128
-    return bytes([field << 3 | 2, len(content)]) + content
