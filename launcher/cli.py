@@ -313,7 +313,8 @@ def doctor(
     if (weights_url is None) != (dataset_url is None):
         raise click.UsageError("--model and --dataset go together")
     if weights_url and dataset_url:
-        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, dataset_url))
+        flags = ["--json"] if as_json else []
+        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, dataset_url, *flags))
     from dataclasses import asdict
 
     from launcher import show
