@@ -249,6 +249,17 @@ def merge(run_name: str, to_url: str, step: str, store_url: str | None, job_path
 
 
 @cli.command()
+@click.argument("run_name", metavar="RUN")
+@click.option("--to", "to_url", metavar="URL", required=True, help="An empty folder.")
+@click.option("--step", metavar="STEP", default="last", help="best, last or a number.")
+@_store_options
+def export(run_name: str, to_url: str, step: str, store_url: str | None, job_path: str | None) -> None:
+    """Write a run's adapter in upstream's adapter format (fish_speech, ace_step)."""
+    found = _run(run_name, store_url, job_path)
+    raise click.exceptions.Exit(_trainer("trainer.merge", found.url, to_url, "--step", step, "--adapter"))
+
+
+@cli.command()
 @click.argument("job_paths", metavar="JOB…", nargs=-1, required=True)
 @_json
 def rehearse(job_paths: tuple[str, ...], as_json: bool) -> None:

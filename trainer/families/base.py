@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trainer.spec.errors import UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 
 Arrays = Mapping[str, np.ndarray]
@@ -98,6 +99,17 @@ class Family(ABC):
     @abstractmethod
     def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
         """What the codec decodes, for each prompt; one batch, each song a matter of its own prompt and seed alone."""
+
+    def export_adapter(self, folder: Path, to: Path) -> None:
+        """Write PEFT's adapter in ``folder`` into the folder ``to``, as the files that upstream's programs load.
+
+        Raises:
+            UtaforgeError: upstream has no such format, or it cannot express the adapter.
+        """
+        raise UtaforgeError(
+            "upstream has no adapter format for this family",
+            "load PEFT's adapter, which is in the run's folder adapter, or write whole weights: utaforge merge",
+        )
 
 
 @dataclass(frozen=True)

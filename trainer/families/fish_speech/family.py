@@ -16,6 +16,7 @@ from trainer.spec.families import FISH_SPEECH
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import FishSpeech
 
+from .adapter import export_adapter
 from .generate import Sampler, draw_table, generate
 from .network import FishSpeechNetwork, unwrapped
 from .objective import example, prompt
@@ -52,6 +53,12 @@ class FishSpeechFamily(Autoregressive):
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
         save_network(self.release, unwrapped(network), folder, values)
+
+    def export_adapter(self, folder: Path, to: Path) -> None:
+        """Write ``lora.ckpt`` and its settings, see ``adapter.export_adapter``."""
+        with torch.device("meta"):
+            shapes = FishSpeechNetwork(self.release.config, self.tokenizer.semantic)
+        export_adapter(folder, to, shapes)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """Nothing: the network reads the text itself."""
