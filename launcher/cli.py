@@ -249,6 +249,17 @@ def merge(run_name: str, to_url: str, step: str, store_url: str | None, job_path
 
 
 @cli.command()
+@click.argument("run_name", metavar="RUN")
+@click.option("--to", "to_url", metavar="URL", required=True, help="An empty folder.")
+@click.option("--step", metavar="STEP", default="last", help="best, last or a number.")
+@_store_options
+def export(run_name: str, to_url: str, step: str, store_url: str | None, job_path: str | None) -> None:
+    """Write a run's adapter in upstream's adapter format (fish_speech, ace_step)."""
+    found = _run(run_name, store_url, job_path)
+    raise click.exceptions.Exit(_trainer("trainer.merge", found.url, to_url, "--step", step, "--adapter"))
+
+
+@cli.command()
 @click.argument("job_paths", metavar="JOB…", nargs=-1, required=True)
 @_json
 def rehearse(job_paths: tuple[str, ...], as_json: bool) -> None:
@@ -313,7 +324,8 @@ def doctor(
     if (weights_url is None) != (dataset_url is None):
         raise click.UsageError("--model and --dataset go together")
     if weights_url and dataset_url:
-        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, dataset_url))
+        flags = ["--json"] if as_json else []
+        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, dataset_url, *flags))
     from dataclasses import asdict
 
     from launcher import show

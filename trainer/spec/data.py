@@ -71,13 +71,16 @@ class ZipSource(_Source):
 
 
 class SpeakersSource(_Source):
-    """``SPEAKER/*.{wav,mp3,flac}`` with ``.lab`` transcripts, or extracted ``.npy`` codes."""
+    """``SPEAKER/NAME.wav`` (or ``.mp3``, ``.flac``, …) with a transcript ``NAME.lab``.
+
+    FireflyGAN's codes are read from ``NAME.npy`` where present, as fish-speech's ``extract_vq.py`` leaves them.
+    """
 
     type: Literal["speakers"]
 
 
 class ProtosSource(_Source):
-    """fish-speech ``.protos`` files."""
+    """A folder of fish-speech's ``.protos`` files, which hold codes and transcripts and no audio."""
 
     type: Literal["protos"]
 

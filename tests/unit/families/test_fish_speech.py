@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 
 from trainer.families import Example, open_family
 from trainer.families.cross_entropy import NO_LABEL
-from trainer.families.fish_speech.adapter import export_adapter, from_upstream
+from trainer.families.fish_speech.adapter import from_upstream, to_upstream
 from trainer.families.fish_speech.family import FishSpeechFamily
-from trainer.families.fish_speech.generate import Sampler, draw_table, generate
+from trainer.families.fish_speech.generate import Sampler
 from trainer.families.fish_speech.network import FishSpeechNetwork
-from trainer.families.fish_speech.objective import example, prompt
-from trainer.families.fish_speech.protos import read_protos
+from trainer.families.fish_speech.objective import example
 from trainer.families.fish_speech.text import Bytes, Json, Ranks, clean
 from trainer.families.fish_speech.weights import open_release
 from trainer.spec.errors import DataError, UtaforgeError
@@ -149,16 +148,13 @@ def test_greedy_frames_are_those_of_the_whole_sequence_seen_at_once(
     tiny: tuple[FishSpeechFamily, FishSpeechNetwork],
 ) -> None:
     room, network = tiny
-    before = prompt(room.tokenizer, TEXT, "", 8)
-    sampler = Sampler(top_k=1, repetition_penalty=1.0)
-    (made,) = generate(network, [before], [6], draw_table([6], [0], 9), sampler, room.tokenizer.end)
+    batch = room.greedy(network, songs(1)[0], 6)
     with torch.no_grad():
-        tokens, codes = network(torch.cat([before, made], 1)[None])
-    ahead = slice(before.shape[1] - 1, -1)
-    assert tokens[0, ahead].argmax(-1).equal(made[0])
-    audio = made[1:-1].any(0)
-    drawn = slice(1, None) if network.code_in_token else slice(None)
-    assert codes[0, ahead].argmax(-1).T[drawn, audio].equal(made[1:][drawn, audio])
+        tokens, codes = room.predictions(network, batch)
+    assert len(tokens.ids) == batch.frames == 6
+    assert len(codes.ids) in ([6 * 7] if network.code_in_token else range(0, 6 * 8 + 1, 8))
+    for found in (tokens, codes):
+        assert found.logits.argmax(1).equal(found.ids)
 
 
 def test_the_sampler_draws_from_the_nucleus_in_proportion() -> None:
@@ -236,46 +232,16 @@ def test_a_wrong_release_is_told_before_anything_is_trained(tmp_path: Path) -> N
         family("1.5", f"file://{tmp_path}").network()
 
 
-def test_adapters_go_to_upstreams_format_and_back(tmp_path: Path) -> None:
+def test_adapters_go_to_upstreams_names_and_back(tmp_path: Path) -> None:
     adapted = _adapted()
     adapted.save_pretrained(str(tmp_path))
-    export_adapter(tmp_path, tmp_path / "lora.ckpt")
-    state = torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    state = {f"model.{key}": value for key, value in to_upstream(saved).items()}
     assert state["model.embeddings.lora_A"].shape == (8, Bytes.least("1.5"))
     assert state["model.fast_layers.0.attention.wqkv.lora_B"].shape == (128, 8)
     back = from_upstream({**state, "model.norm.weight": torch.zeros(1)})
-    saved = load_file(tmp_path / "adapter_model.safetensors")
     assert back.keys() == saved.keys() and all(back[name].equal(saved[name]) for name in saved)
     assert not set_peft_model_state_dict(adapted, back).unexpected_keys
-
-
-def test_rank_stabilised_adapters_are_scaled_for_upstream_and_dora_is_refused(tmp_path: Path) -> None:
-    for folder, options in ((tmp_path / "rs", {"use_rslora": True}), (tmp_path / "dora", {"use_dora": True})):
-        _adapted(targets=["wo"], **options).save_pretrained(str(folder))
-    export_adapter(tmp_path / "rs", tmp_path / "lora.ckpt")
-    state = torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]
-    saved = load_file(tmp_path / "rs" / "adapter_model.safetensors")[
-        "base_model.model.layers.0.attention.wo.lora_B.weight"
-    ]
-    torch.testing.assert_close(state["model.layers.0.attention.wo.lora_B"], saved * 8**0.5)
-    with pytest.raises(UtaforgeError, match="has no place in fish-speech's adapter format"):
-        export_adapter(tmp_path / "dora", tmp_path / "lora.ckpt")
-
-
-def test_packed_data_is_read_whether_numbers_are_packed_or_not_and_damage_is_told(tmp_path: Path) -> None:
-    packed = _message(3, _message(1, bytes([5, 0xE7, 7]))) + _message(3, b"\x08\x06\x08\x01")
-    group = _message(2, "花子".encode()) + _message(4, _message(1, TEXT.encode()) + packed) + b"\x4d\0\0\0\0"
-    whole = len(group).to_bytes(4, "little") + group
-    file = tmp_path / "00000000.protos"
-    file.write_bytes(whole * 2)
-    first, second = read_protos(file)
-    assert first.name == second.name == "花子" and first.source == ""
-    assert first.sentences[0].texts == [TEXT]
-    assert first.sentences[0].codes.tolist() == [[5, 999], [6, 1]]
-    for damaged in (whole[:-1], whole[:3], len(b"\x0b").to_bytes(4, "little") + b"\x0b"):
-        file.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"is no \.protos file, or damaged"):
-            list(read_protos(file))
 
 
 def _tokenizer_files(folder: Path, version: str) -> None:
@@ -291,14 +257,9 @@ def _tokenizer_files(folder: Path, version: str) -> None:
     assert Json(folder / "tokenizer.json")("歌<|im_end|>") == [0, 2]
 
 
-def _adapted(targets: list[str] | None = None, **options: bool) -> PeftModel:
-    chosen = targets or list(FISH_SPEECH.presets["fish-speech/r8a16"].targets)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=chosen, init_lora_weights=False, **options)  # type: ignore[arg-type]
+def _adapted() -> PeftModel:
+    chosen = list(FISH_SPEECH.presets["fish-speech/r8a16"].targets)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=chosen, init_lora_weights=False)
     adapted = get_peft_model(family().network(), config)
     assert isinstance(adapted, PeftModel)
     return adapted
-
-
-def _message(field: int, content: bytes) -> bytes:
-    assert len(content) < 128
-    return bytes([field << 3 | 2, len(content)]) + content

@@ -144,7 +144,7 @@ LATER = [
     ("cluster={backend: existing, address: 'http://h:8265', profile: cpu, workers: 2}",
      "cluster.backend: backend existing is not available yet; write local"),
     ("data.prepare={source: {type: zip, path: s3://曲}}",
-     "data.prepare.source.type: source zip is not available yet; write folder, jsonl, speakers or demo"),
+     "data.prepare.source.type: source zip is not available yet; write folder, jsonl, speakers, protos or demo"),
     ("data.prepare={source: {type: folder, path: s3://曲}}",
      "data.prepare.source.path: reading songs from a URL is not available yet; copy them to a folder of this machine"),
     ("data.prepare={source: {type: demo, style: a}, mode: on-the-fly}",

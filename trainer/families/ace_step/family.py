@@ -15,6 +15,7 @@ from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import AceStep
 
+from .adapter import export_adapter
 from .generate import Sampler, generate
 from .lyrics import LyricTokenizer, open_lyric_tokenizer
 from .network import AceStepNetwork, Conditions, Frames, unwrapped
@@ -64,6 +65,10 @@ class AceStepFamily(Family):
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network as the release's folder ``ace_step_transformer``; the text encoder stays where it is."""
         save_network(self.release, unwrapped(network), folder, values)
+
+    def export_adapter(self, folder: Path, to: Path) -> None:
+        """Write ``pytorch_lora_weights.safetensors``, see ``adapter.export_adapter``."""
+        export_adapter(folder, to)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """``text_hidden`` [L, text_width], float16, of each song's tags; ``lyric_ids`` [M], int32, of its lyrics."""

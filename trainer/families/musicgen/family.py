@@ -4,6 +4,7 @@ The network is imported where it is made or used: preparing songs does without t
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions
+from trainer.families.cross_entropy import NO_LABEL
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import MusicGen
@@ -28,7 +30,7 @@ FRAME_RATE = 50.0
 """Frames per second, of EnCodec at 32 kHz and of the pocket codec alike."""
 
 
-class MusicGenFamily(Family):
+class MusicGenFamily(Autoregressive):
     """MusicGen, configured by a job's ``model:`` section.
 
     The loss is ``ce``; ``ce/0`` … ``ce/3``, one per codebook, are for the eye.
@@ -111,6 +113,22 @@ class MusicGenFamily(Family):
         text = _text_batch([condition["text_hidden"] for condition in conditions])
         seeds = [prompt.seed for prompt in prompts]
         return [{"codes": codes} for codes in generate(network, frames, seeds, *text, sampling)]
+
+    def greedy(self, network: nn.Module, example: Example, frames: int) -> Batch:
+        """As ``collate`` makes it."""
+        from .generate import generate
+
+        text = _text_batch([example.arrays["text_hidden"]])
+        (codes,) = generate(network, [frames], [example.seed], *text, Sampling(guidance=1, top_k=1))
+        return self.collate([replace(example, arrays={**example.arrays, "codes": codes})], training=False)
+
+    def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
+        """A step of the delay pattern sees as many frames of the first codebook as there are steps before it."""
+        codes, length, hidden, mask = (batch.tensors[n] for n in ("codes", "length", "text_hidden", "text_mask"))
+        ids, labels = delay(codes, length, self.vocabulary)
+        there = labels != NO_LABEL
+        steps = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
+        return [Predictions(network(ids, hidden, mask)[there], labels[there], steps[there])]
 
     @cached_property
     def release(self) -> Release:
