@@ -151,7 +151,8 @@ def run(folder: Path) -> list[Line]:
     if case.family not in FAMILY_NAMES:
         raise UtaforgeError(f"{folder}: there is no family {case.family!r}", f"known: {', '.join(FAMILY_NAMES)}")
     ours: Mapping[str, Tensor] = importlib.import_module(f"trainer.families.{case.family}.golden").run(case)
-    return [Line(name, error(ours.get(name), value), case.tolerance(name)) for name, value in case.wanted.items()]
+    wanted = case.wanted or dict.fromkeys(case.told["outputs"], torch.zeros(1))
+    return [Line(name, error(ours.get(name), value), case.tolerance(name)) for name, value in wanted.items()]
 
 
 def error(ours: Tensor | None, wanted: Tensor) -> float:
@@ -165,11 +166,11 @@ def error(ours: Tensor | None, wanted: Tensor) -> float:
 
 
 def cases(folders: list[Path]) -> Iterator[Path]:
-    """The case directories among ``folders`` and below them; those of a file format have no keys and are not for us."""
+    """The case directories among ``folders`` and below them."""
     for folder in folders:
-        found = sorted(file.parent for file in folder.rglob("keys.json"))
+        found = sorted(file.parent for file in folder.rglob("case.json"))
         if not found:
-            raise UtaforgeError(f"{folder} holds no keys.json", "name a case directory, or one that holds some")
+            raise UtaforgeError(f"{folder} holds no case.json", "name a case directory, or one that holds some")
         yield from found
 
 

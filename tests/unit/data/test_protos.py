@@ -10,8 +10,8 @@ from trainer.codecs import open_codec
 from trainer.data.dataset import Failure
 from trainer.data.prepare import Tools, prepare_songs
 from trainer.data.sources import SourceSong, open_source
-from trainer.data.sources.protos import read_protos
 from trainer.families import open_family
+from trainer.families.fish_speech.protos import read_protos
 from trainer.spec.data import Prepare, ProtosSource
 from trainer.spec.errors import DataError
 from trainer.spec.model import FishSpeech

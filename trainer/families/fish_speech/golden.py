@@ -1,5 +1,7 @@
 """fish-speech's golden cases; see ``trainer.families.verify``."""
 
+import json
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
@@ -13,10 +15,13 @@ from trainer.spec.families import FISH_SPEECH
 from .adapter import from_upstream, to_upstream
 from .generate import Sampler, generate
 from .network import Config, FishSpeechNetwork
+from .protos import read_protos
 
 
 def run(case: Case) -> dict[str, Tensor]:
     """Our outputs of ``case``."""
+    if case.name == "protos":
+        return _protos(case)
     if "backbone" in case.config:
         return _firefly(case)
     if "lora" in case.told:
@@ -102,3 +107,18 @@ def _firefly(case: Case) -> dict[str, Tensor]:
         "decoded": decoded,
         "decoded_lengths": decoded_samples,
     }
+
+
+def _protos(case: Case) -> dict[str, Tensor]:
+    """0 where the file says what ``expected.json`` says, else 1."""
+    (file,) = case.folder.glob("*.protos")
+    groups = [
+        {
+            "source": group.source,
+            "name": group.name,
+            "sentences": [{"texts": one.texts, "semantics": one.codes.tolist()} for one in group.sentences],
+        }
+        for group in read_protos(file)
+    ]
+    expected = json.loads((case.folder / "expected.json").read_text(encoding="utf-8"))
+    return {"expected.json": torch.tensor([float(groups != expected["groups"])])}
