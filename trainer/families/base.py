@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.spec.job import Prompt, Sampling
 
+Network = TypeVar("Network", bound=nn.Module)
 Arrays = Mapping[str, np.ndarray]
 """Arrays of a shard row by name: ``codes`` [K, T], ``latents`` [..., T], …."""
 
@@ -97,3 +99,8 @@ class Family(ABC):
     @abstractmethod
     def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
         """What the codec decodes, for each prompt; one batch, each song a matter of its own prompt and seed alone."""
+
+
+def unwrapped(network: nn.Module, kind: type[Network]) -> Network:
+    """The family's own network inside whatever PEFT, DDP or DeepSpeed have put around it."""
+    return next(module for module in network.modules() if isinstance(module, kind))

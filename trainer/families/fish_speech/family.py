@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Batch, Example, Family, unwrapped
 from trainer.families.cross_entropy import NO_LABEL
+from trainer.families.sampling import draw_table
 from trainer.spec.errors import DataError
 from trainer.spec.families import FISH_SPEECH
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import FishSpeech
 
-from .generate import Sampler, draw_table, generate
-from .network import FishSpeechNetwork, unwrapped
+from .generate import Sampler, generate
+from .network import FishSpeechNetwork
 from .objective import example, prompt
 from .text import Tokenizer
 from .weights import Release, load_network, open_release, save_network
@@ -51,7 +52,7 @@ class FishSpeechFamily(Family):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, FishSpeechNetwork), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """Nothing: the network reads the text itself."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Batch, Example, Family, unwrapped
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import HeartMuLa
@@ -52,9 +52,9 @@ class HeartMuLaFamily(Family):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
-        from .network import unwrapped
+        from .network import HeartMuLaNetwork
 
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, HeartMuLaNetwork), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """None: text is tokenised as it is read."""

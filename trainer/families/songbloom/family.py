@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Batch, Example, Family, unwrapped
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import SongBloom
@@ -65,9 +65,9 @@ class SongBloomFamily(Family):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network as a release."""
-        from .network import unwrapped
+        from . import network as networks
 
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, networks.SongBloom), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """``lyric_ids`` [L], int32, of each song's phonemised lyrics; what is lost is logged, by name."""
