@@ -1,4 +1,4 @@
-"""Files of official releases: found, read without pickle, loaded strictly."""
+"""Files of official releases: found, read without pickle, loaded strictly, written."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.spec.errors import UtaforgeError
@@ -91,6 +91,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return told
 
 
+def write_json(file: Path, told: Mapping[str, Any]) -> None:
+    """Write a JSON object as releases have it."""
+    file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
 def load(
     make: Callable[[], Network], state: Iterable[tuple[str, Tensor]], url: str, elsewhere: tuple[str, ...] = ()
 ) -> Network:
@@ -118,6 +123,18 @@ def load(
     check(expected, _shapes(found), url)
     network.load_state_dict(found, strict=True, assign=True)
     return network
+
+
+def save(state: Mapping[str, Tensor], file: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``state``, floats as ``dtype``: safetensors, or torch's own format in ``.pt`` and ``.pth``."""
+    whole = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for name, value in state.items()
+    }
+    if file.suffix == ".safetensors":
+        save_file(whole, file, {"format": "pt"})
+    else:
+        torch.save(whole, file)
 
 
 def random_weights(make: Callable[[], Network]) -> Network:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from trainer.spec.errors import UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 
+Network = TypeVar("Network", bound=nn.Module)
 Arrays = Mapping[str, np.ndarray]
 """Arrays of a shard row by name: ``codes`` [K, T], ``latents`` [..., T], …."""
 
@@ -143,3 +145,8 @@ class Autoregressive(Family):
     @abstractmethod
     def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
         """What ``network`` says of the ids of a batch of one song in one pass, for each vocabulary."""
+
+
+def unwrapped(network: nn.Module, kind: type[Network]) -> Network:
+    """The family's own network inside whatever PEFT, DDP or DeepSpeed have put around it."""
+    return next(module for module in network.modules() if isinstance(module, kind))

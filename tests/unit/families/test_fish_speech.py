@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from trainer.families import Example, open_family
+from tests.unit.families.conftest import examples, random_codes, word_tokenizer
+from trainer.families import Example
 from trainer.families.cross_entropy import NO_LABEL
 from trainer.families.fish_speech.adapter import from_upstream, to_upstream
 from trainer.families.fish_speech.family import FishSpeechFamily
@@ -19,7 +20,7 @@ from trainer.families.fish_speech.generate import Sampler
 from trainer.families.fish_speech.network import FishSpeechNetwork
 from trainer.families.fish_speech.objective import example
 from trainer.families.fish_speech.text import Bytes, Json, Ranks, clean
-from trainer.families.fish_speech.weights import open_release
+from trainer.families.fish_speech.weights import BYTES, open_release
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.families import FISH_SPEECH
 from trainer.spec.job import Prompt, Sampling
@@ -35,9 +36,7 @@ def model(version: str, pretrained: str) -> FishSpeech:
 
 
 def family(version: str = "1.5", pretrained: str = "random:tiny") -> FishSpeechFamily:
-    found = open_family(model(version, pretrained))
-    assert isinstance(found, FishSpeechFamily)
-    return found
+    return FishSpeechFamily(model(version, pretrained))
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -46,12 +45,8 @@ def tiny(request: pytest.FixtureRequest) -> tuple[FishSpeechFamily, FishSpeechNe
     return found, found.network().eval()
 
 
-def songs(*frames: int) -> list[Example]:
-    draw = np.random.default_rng(0)
-    return [
-        Example(f"歌{index}", {"codes": draw.integers(0, 1000, (8, count)).astype(np.uint16)}, {"lyrics": TEXT}, index)
-        for index, count in enumerate(frames)
-    ]
+def songs_of(family: FishSpeechFamily, *lengths: int) -> list[Example]:
+    return examples(family, random_codes(8, 1000, lengths), {"lyrics": TEXT})
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -92,8 +87,8 @@ def test_sums_are_over_the_counted_labels_and_padding_changes_nothing(
     tiny: tuple[FishSpeechFamily, FishSpeechNetwork],
 ) -> None:
     room, network = tiny
-    both = room.collate(songs(20, 9), training=True)
-    alone = [room.collate([song], training=True) for song in songs(20, 9)]
+    both = room.collate(songs_of(room, 20, 9), training=True)
+    alone = [room.collate([song], training=True) for song in songs_of(room, 20, 9)]
     assert both.frames == 29
     assert both.counts == {term: sum(batch.counts[term] for batch in alone) for term in room.terms}
     assert both.counts["semantic"] == 8 * (29 + 2)
@@ -107,7 +102,7 @@ def test_sums_are_over_the_counted_labels_and_padding_changes_nothing(
 
 def test_recomputed_activations_give_the_same_gradients_and_every_parameter_has_one() -> None:
     room, gradients = family(), []
-    batch = room.collate(songs(12), training=True)
+    batch = room.collate(songs_of(room, 12), training=True)
     for recompute in (False, True):
         network = room.network().train()
         if recompute:
@@ -148,7 +143,7 @@ def test_greedy_frames_are_those_of_the_whole_sequence_seen_at_once(
     tiny: tuple[FishSpeechFamily, FishSpeechNetwork],
 ) -> None:
     room, network = tiny
-    batch = room.greedy(network, songs(1)[0], 6)
+    batch = room.greedy(network, songs_of(room, 1)[0], 6)
     with torch.no_grad():
         tokens, codes = room.predictions(network, batch)
     assert len(tokens.ids) == batch.frames == 6
@@ -171,7 +166,7 @@ def test_what_cannot_be_is_told() -> None:
     room = family()
     network = room.network()
     with pytest.raises(DataError, match=r"song 歌0 needs .* positions"):
-        room.collate(songs(5000), training=True)
+        room.collate(songs_of(room, 5000), training=True)
     with pytest.raises(DataError, match="prompt 1 needs"):
         room.generate(network, [Prompt(lyrics=TEXT, seconds=300)], Sampling())
     with pytest.raises(DataError, match="prompt 1 names a speaker"):
@@ -203,7 +198,7 @@ def test_what_is_saved_is_a_release_again(version: str, tmp_path: Path) -> None:
     changed = torch.ones_like(network.output.weight)
     folder = tmp_path / "公開"
     room.save(network, folder, {"output.weight": changed})
-    _tokenizer_files(folder, version)
+    _released(folder, version)
     back = family(version, f"file://{folder}").network()
     assert back.output.weight.equal(changed)
     assert back.norm.weight.equal(network.norm.weight) and back.semantic != network.semantic
@@ -215,12 +210,13 @@ def test_what_is_saved_is_a_release_again(version: str, tmp_path: Path) -> None:
 def test_a_wrong_release_is_told_before_anything_is_trained(tmp_path: Path) -> None:
     room = family("1.5")
     room.save(room.network(), tmp_path, {})
+    _released(tmp_path)
     with pytest.raises(UtaforgeError, match=r"has no tokenizer.tiktoken"):
         family("1.5", f"file://{tmp_path}").network()
-    _tokenizer_files(tmp_path, "1.4")
+    _released(tmp_path, "1.4")
     with pytest.raises(UtaforgeError, match=r"write model.version: '1.4'"):
         family("1.5", f"file://{tmp_path}").network()
-    _tokenizer_files(tmp_path, "1.5")
+    _released(tmp_path, "1.5")
     state = torch.load(tmp_path / "model.pth", weights_only=True)
     del state["norm.weight"]
     torch.save({**state, "歌.weight": torch.zeros(1)}, tmp_path / "model.pth")
@@ -244,17 +240,19 @@ def test_adapters_go_to_upstreams_names_and_back(tmp_path: Path) -> None:
     assert not set_peft_model_state_dict(adapted, back).unexpected_keys
 
 
-def _tokenizer_files(folder: Path, version: str) -> None:
+def _released(folder: Path, version: str = "") -> None:
+    """Make a release of saved random weights, with the tokenizer of ``version``."""
+    told = json.loads((folder / "config.json").read_text())
+    told.pop(BYTES, None)
+    (folder / "config.json").write_text(json.dumps(told))
     if version == "1.5":
         lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
         (folder / "tokenizer.tiktoken").write_text("\n".join(lines))
-        return
-    from tokenizers import Tokenizer, models
-
-    tokenizer = Tokenizer(models.WordLevel({"歌": 0, "<unk>": 1}, unk_token="<unk>"))
-    tokenizer.add_special_tokens(["<|im_end|>", "<|semantic|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    assert Json(folder / "tokenizer.json")("歌<|im_end|>") == [0, 2]
+    if version == "1.4":
+        tokenizer = word_tokenizer(["歌", "<unk>"], "<unk>")
+        tokenizer.add_special_tokens(["<|im_end|>", "<|semantic|>"])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        assert Json(folder / "tokenizer.json")("歌<|im_end|>") == [0, 2]
 
 
 def _adapted() -> PeftModel:

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions
+from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.cross_entropy import NO_LABEL
+from trainer.families.sampling import draw_table
 from trainer.spec.errors import DataError
 from trainer.spec.families import FISH_SPEECH
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import FishSpeech
 
 from .adapter import export_adapter
-from .generate import Sampler, draw_table, generate
-from .network import FishSpeechNetwork, unwrapped
+from .generate import Sampler, generate
+from .network import FishSpeechNetwork
 from .objective import example, prompt
 from .text import Tokenizer
 from .weights import Release, load_network, open_release, save_network
@@ -52,7 +53,7 @@ class FishSpeechFamily(Autoregressive):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, FishSpeechNetwork), folder, values)
 
     def export_adapter(self, folder: Path, to: Path) -> None:
         """Write ``lora.ckpt`` and its settings, see ``adapter.export_adapter``."""
@@ -122,7 +123,7 @@ class FishSpeechFamily(Autoregressive):
         (made,) = generate(network, [before], [frames], draws, sampler, self.tokenizer.end)
         made = made.cpu()
         labels = made.masked_fill(~made[1:-1].any(0) & (torch.arange(len(made)) > 0)[:, None], NO_LABEL)
-        if unwrapped(network).code_in_token:
+        if unwrapped(network, FishSpeechNetwork).code_in_token:
             labels[1] = NO_LABEL
         labels = functional.pad(labels, (before.shape[1] - 1, 1), value=NO_LABEL)
         return Batch({"inputs": torch.cat([before, made], 1)[None], "labels": labels[None]}, {}, made.shape[1])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions
+from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import HeartMuLa
@@ -53,9 +53,9 @@ class HeartMuLaFamily(Autoregressive):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
-        from .network import unwrapped
+        from .network import HeartMuLaNetwork
 
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, HeartMuLaNetwork), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """None: text is tokenised as it is read."""
@@ -129,9 +129,9 @@ class HeartMuLaFamily(Autoregressive):
 
     def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
         """The first codebook sees the frames before its own; the others see their own too, of which they are a part."""
-        from .network import unwrapped
+        from .network import HeartMuLaNetwork
 
-        core = unwrapped(network)
+        core = unwrapped(network, HeartMuLaNetwork)
         tokens, mask, unconditional, slot = (batch.tensors[n] for n in ("tokens", "mask", "unconditional", "slot"))
         hidden = core.hidden(core.embed(tokens, mask, unconditional, slot), mask)
         context, codes = contexts(hidden, tokens, mask[..., 0])

@@ -155,8 +155,3 @@ class RowCache(Cache):
         itself = ones.triu(seen - new).tril(seen - new)
         mask = (self._valid[:, None] & ones.tril(seen - new)) | itself
         return self._valid.cumsum(1)[:, -new:] - 1, mask[:, None]
-
-
-def unwrapped(network: nn.Module) -> HeartMuLaNetwork:
-    """The network inside whatever PEFT, DDP or DeepSpeed have put around it."""
-    return next(module for module in network.modules() if isinstance(module, HeartMuLaNetwork))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions
+from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import SongBloom
@@ -66,9 +66,9 @@ class SongBloomFamily(Autoregressive):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network as a release."""
-        from .network import unwrapped
+        from . import network as networks
 
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, networks.SongBloom), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """``lyric_ids`` [L], int32, of each song's phonemised lyrics; what is lost is logged, by name."""
@@ -167,9 +167,9 @@ class SongBloomFamily(Autoregressive):
 
     def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
         """Of the sketch; its end is left out."""
-        from .network import unwrapped
+        from . import network as networks
 
-        core = unwrapped(network)
+        core = unwrapped(network, networks.SongBloom)
         lyrics, prompt, sketch, latents = (batch.tensors[n] for n in ("lyrics", "prompt", "sketch", "latents"))
         states = core.plan(core.condition_provider(lyrics, prompt), sketch, latents).states[0, :-1]
         frames = torch.arange(len(states), device=states.device)
