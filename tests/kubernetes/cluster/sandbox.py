@@ -1,0 +1,171 @@
+"""The namespaces and control groups that a cluster lives in: with its last process, everything of it is gone."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from .layout import Layout
+
+FIXED_FOLDERS = {
+    "/etc/docker": "docker-etc",
+    "/run/containerd": "containerd-run",
+    "/var/lib/kubelet": "kubelet",
+    "/var/log/containers": "log-containers",
+    "/var/log/pods": "log-pods",
+}
+"""Folders that the programs insist on, and the cluster's own that are mounted over them for its processes alone."""
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+class Sandbox:
+    """A network and a mount namespace, held open by one process that does nothing, and a control group."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    @property
+    def anchor(self) -> psutil.Process | None:
+        """The process that holds the namespaces open."""
+        return recorded(self._layout.state / "anchor.json")
+
+    def open(self, pause: Path) -> None:
+        """Make namespaces, bridge, device and control groups. ``pause`` is a program that sleeps."""
+        for group in _hierarchies():
+            _make_group(group / self._layout.name)
+        (_programs_group(self._layout.name)).mkdir(exist_ok=True)
+        process = subprocess.Popen(
+            ["unshare", "--net", "--mount", "--propagation", "private", pause],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        while Path(f"/proc/{process.pid}/exe").resolve() != pause.resolve():
+            if process.poll() is not None:
+                raise SandboxRefused
+            time.sleep(0.01)
+        record(self._layout.state / "anchor.json", process.pid)
+        self._furnish(process.pid)
+
+    def _furnish(self, anchor: int) -> None:
+        layout = self._layout
+        script = ["mount --make-rshared /"]
+        for fixed, own in FIXED_FOLDERS.items():
+            Path(fixed).mkdir(parents=True, exist_ok=True)
+            (layout.state / own).mkdir(exist_ok=True)
+            script.append(f"mount --bind '{layout.state / own}' {fixed}")
+        script += [
+            "ip link set lo up",
+            "ip link add cni0 type bridge",
+            f"ip address add {layout.node}/24 dev cni0",
+            "ip link set cni0 up",
+            "echo 1 > /proc/sys/net/ipv4/ip_forward",
+        ]
+        subprocess.run(self.inside("sh", "-euc", "\n".join(script)), check=True)
+        for command in (
+            f"ip link add {layout.device} type veth peer name uplink netns {anchor}",
+            f"ip address add {layout.address(2)}/24 dev {layout.device}",
+            f"ip link set {layout.device} up",
+        ):
+            subprocess.run(command.split(), check=True)
+        subprocess.run(self.inside(*"ip link set uplink master cni0 up".split()), check=True)
+
+    def inside(self, *argv: str | Path, network: bool = True) -> list[str]:
+        """``argv`` in the namespaces; without ``network``, in this machine's own network."""
+        assert self.anchor
+        namespaces = ["--mount", "--net"] if network else ["--mount"]
+        return ["nsenter", f"--target={self.anchor.pid}", *namespaces, "--", *map(str, argv)]
+
+    def joined(self, argv: list[str]) -> list[str]:
+        """``argv`` in the control group."""
+        processes = _programs_group(self._layout.name) / "cgroup.procs"
+        return ["sh", "-c", f'echo $$ > {processes} && exec "$@"', "sh", *argv]
+
+    def close(self) -> None:
+        """Kill every process, those of pods and images too; the namespaces go with them."""
+        groups = [hierarchy / self._layout.name for hierarchy in _hierarchies()]
+        while processes := {pid for group in groups for pid in _processes(group)}:
+            for pid in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        if anchor := self.anchor:
+            anchor.kill()
+            _gone(anchor)
+        for group in groups:
+            for folder, _, _ in os.walk(group, topdown=False):
+                _remove_group(Path(folder))
+
+
+class SandboxRefused(Exception):
+    """This machine does not allow namespaces."""
+
+
+def record(path: Path, pid: int) -> None:
+    """Write down a process so that it is known again: a number alone may come to belong to another."""
+    path.write_text(json.dumps([pid, psutil.Process(pid).create_time()]))
+
+
+def recorded(path: Path) -> psutil.Process | None:
+    """The process that was written down, if it is still alive."""
+    try:
+        pid, created = json.loads(path.read_text())
+        process = psutil.Process(pid)
+        alive = process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
+    except (FileNotFoundError, psutil.NoSuchProcess):
+        return None
+    return process if alive else None
+
+
+def _gone(process: psutil.Process) -> None:
+    with contextlib.suppress(ChildProcessError):  # not a child, if another command started it
+        os.waitpid(process.pid, 0)
+    process.wait(30)
+
+
+def _hierarchies() -> list[Path]:
+    """The roots of control groups: one in version 2, one per kind of resource in version 1."""
+    if (CONTROL_GROUPS / "cgroup.controllers").exists():
+        return [CONTROL_GROUPS]
+    return [path for path in CONTROL_GROUPS.iterdir() if (path / "cgroup.procs").exists() and not path.is_symlink()]
+
+
+def _programs_group(name: str) -> Path:
+    root = CONTROL_GROUPS if (CONTROL_GROUPS / "cgroup.controllers").exists() else CONTROL_GROUPS / "pids"
+    return root / name / "programs"
+
+
+def _make_group(group: Path) -> None:
+    if group.exists():
+        return
+    group.mkdir()
+    for setting in ("cpuset.cpus", "cpuset.mems"):  # version 1 starts them empty, and then no process may enter
+        if (group / setting).exists() and (group.parent / "cgroup.clone_children").exists():
+            (group / setting).write_text((group.parent / setting).read_text())
+    if (group / "cgroup.controllers").exists():
+        names = (group / "cgroup.controllers").read_text().split()
+        (group / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in names))
+
+
+def _processes(group: Path) -> Iterator[int]:
+    for folder, _, files in os.walk(group):
+        if "cgroup.procs" in files:
+            with contextlib.suppress(OSError):
+                yield from map(int, (Path(folder) / "cgroup.procs").read_text().split())
+
+
+def _remove_group(group: Path) -> None:
+    for _ in range(100):  # the kernel lets go of the last process a moment after it has ended
+        try:
+            return group.rmdir()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            time.sleep(0.05)
+    return group.rmdir()
