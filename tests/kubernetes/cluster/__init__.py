@@ -17,8 +17,8 @@ registry, versitygw, dockerd    images, S3, and ``docker build``
 
 They live in a network and a mount namespace of their own (``sandbox.py``), so bridges, mounts and iptables rules never
 show outside and vanish with the last process. One device leads in: through it this machine reaches the API server,
-the registry, the S3 server and every pod. Files are in one folder (``layout.py``); programs come from Debian's packages and
-from Go modules with pinned sums (``install.py``).
+the registry, the S3 server and every pod. Files are in one folder (``layout.py``); programs come from Debian's
+packages and from Go modules with pinned sums (``install.py``).
 
 ``python -m tests.kubernetes.cluster up | down | status | env``
 """

@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
         case ["up"]:
             layout = Layout.of_environment()
             up(layout, lambda line: print(line, flush=True))
-            print(f"up: eval \"$(python -m tests.kubernetes.cluster env)\" sets KUBECONFIG={layout.kubeconfig} and the rest")
+            print('up; to use it: eval "$(python -m tests.kubernetes.cluster env)"')
         case ["down"]:
             down(Layout.of_environment())
         case ["status"]:

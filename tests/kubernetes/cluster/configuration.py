@@ -276,7 +276,9 @@ def _proxy(layout: Layout, binaries: Path, kubeconfig: Kubeconfig) -> Program:
         "conntrack": {"maxPerCore": 0},
     }
     path = _write(layout.state / "proxy.json", json.dumps(config))
-    return Program("kube-proxy", (binaries / "kube-proxy", f"--config={path}"), web(f"http://{layout.node}:10256/healthz"))
+    return Program(
+        "kube-proxy", (binaries / "kube-proxy", f"--config={path}"), web(f"http://{layout.node}:10256/healthz")
+    )
 
 
 def _coredns(layout: Layout, binaries: Path) -> Program:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -17,7 +18,7 @@ from .configuration import NODE, OPERATOR, PAUSE_IMAGE, S3_ACCESS_KEY, S3_SECRET
 from .install import CERTIFICATES, Say, run
 from .layout import Layout
 from .programs import Program, Supervisor
-from .sandbox import Sandbox, SandboxRefused
+from .sandbox import Sandbox
 
 BASE_IMAGE = "debian:bookworm-slim"
 TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -49,10 +50,8 @@ def up(layout: Layout, say: Say) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 (layout.folder / "docker.sock").unlink()
-            try:
-                sandbox.open(programs / "pause")
-            except SandboxRefused:
-                raise ClusterError("this machine allows no namespaces", "run on a machine of your own") from None
+            sandbox.open(programs / "pause")
+            _link(layout.folder / "bin", programs / "kubectl", Path(DOCKER))
         _start(layout, sandbox, programs, base.result(), say)
 
 
@@ -82,9 +81,11 @@ def status(layout: Layout) -> dict[str, str]:
 def environment(layout: Layout) -> dict[str, str]:
     """Variables by which tests and people reach the cluster."""
     return {
+        "PATH": f"{layout.folder}/bin:{os.environ['PATH']}",
         "KUBECONFIG": str(layout.kubeconfig),
         "DOCKER_HOST": layout.docker,
         "UTAFORGE_TEST_REGISTRY": layout.registry,
+        "UTAFORGE_TEST_IMAGE": f"{layout.registry}/{BASE_IMAGE}",
         "UTAFORGE_TEST_S3": layout.s3,
         "AWS_ENDPOINT_URL": layout.s3,
         "AWS_ACCESS_KEY_ID": S3_ACCESS_KEY,
@@ -113,7 +114,8 @@ def _start(layout: Layout, sandbox: Sandbox, programs: Path, base: Path, say: Sa
         extras = operators(layout, programs)
         if not all(supervisor.process(program) for program in extras):
             config = programs / "kuberay"
-            kubectl(layout, programs, "apply", "--server-side", "-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
+            manifests = ("-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
+            kubectl(layout, programs, "apply", "--server-side", *manifests)
             _apply(layout, programs, _binding())
         supervisor.start(extras)
     with _phase("node", say):
@@ -129,6 +131,13 @@ def _end(layout: Layout, sandbox: Sandbox) -> None:
         time.sleep(0.05)
     shutil.rmtree(layout.state, ignore_errors=True)
     layout.kubeconfig.unlink(missing_ok=True)
+
+
+def _link(folder: Path, *programs: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for program in programs:
+        (folder / program.name).unlink(missing_ok=True)
+        (folder / program.name).symlink_to(program)
 
 
 def _push(layout: Layout, archive: Path, name: str, *changes: str) -> None:

@@ -29,7 +29,7 @@ class Authority:
         return self._folder / "authority.crt"
 
     def issue(self, name: str, user: str, group: str | None = None, addresses: tuple[str, ...] = ()) -> Path:
-        """A certificate for ``user`` of ``group``, and as a server for ``addresses``: ``NAME.crt`` beside ``NAME.key``."""
+        """``NAME.crt`` beside ``NAME.key``: for ``user`` of ``group``, and for a server at ``addresses``."""
         if not (self._folder / f"{name}.crt").exists():
             self._write(name, user, group, addresses)
         return self._folder / f"{name}.crt"

@@ -24,7 +24,7 @@ class Layout:
         """The folder of ``UTAFORGE_CLUSTER_DIR``, or ``.utaforge/kubernetes`` of this checkout."""
         folder = Path(os.environ.get("UTAFORGE_CLUSTER_DIR") or ROOT / ".utaforge" / "kubernetes").absolute()
         if len(os.fsencode(folder)) > LONGEST_FOLDER:
-            raise ClusterError(f"{folder} is too long for a socket's path", "name a shorter one in UTAFORGE_CLUSTER_DIR")
+            raise ClusterError(f"{folder} is too long for a socket's path", "name a shorter one: UTAFORGE_CLUSTER_DIR")
         return cls(folder)
 
     @cached_property

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from trainer.spec.errors import ClusterError
+
 from .layout import Layout
 
 FIXED_FOLDERS = {
@@ -22,6 +24,8 @@ FIXED_FOLDERS = {
 }
 """Folders that the programs insist on, and the cluster's own that are mounted over them for its processes alone."""
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
+KERNEL_SETTINGS = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops")
+"""What the kubelet changes for the whole machine."""
 
 
 class Sandbox:
@@ -40,6 +44,8 @@ class Sandbox:
         for group in _hierarchies():
             _make_group(group / self._layout.name)
         (_programs_group(self._layout.name)).mkdir(exist_ok=True)
+        before = {name: Path("/proc/sys", name).read_text() for name in KERNEL_SETTINGS}
+        (self._layout.state / "kernel.json").write_text(json.dumps(before))
         process = subprocess.Popen(
             ["unshare", "--net", "--mount", "--propagation", "private", pause],
             start_new_session=True,
@@ -48,12 +54,12 @@ class Sandbox:
         )
         while Path(f"/proc/{process.pid}/exe").resolve() != pause.resolve():
             if process.poll() is not None:
-                raise SandboxRefused
+                raise ClusterError("this machine allows no namespaces", "use a machine that gives root all rights")
             time.sleep(0.01)
         record(self._layout.state / "anchor.json", process.pid)
-        self._furnish(process.pid)
+        self._furnish()
 
-    def _furnish(self, anchor: int) -> None:
+    def _furnish(self) -> None:
         layout = self._layout
         script = ["mount --make-rshared /"]
         for fixed, own in FIXED_FOLDERS.items():
@@ -65,16 +71,13 @@ class Sandbox:
             "ip link add cni0 type bridge",
             f"ip address add {layout.node}/24 dev cni0",
             "ip link set cni0 up",
+            f"ip link add uplink master cni0 type veth peer name {layout.device} netns {os.getpid()}",
+            "ip link set uplink up",
             "echo 1 > /proc/sys/net/ipv4/ip_forward",
         ]
         subprocess.run(self.inside("sh", "-euc", "\n".join(script)), check=True)
-        for command in (
-            f"ip link add {layout.device} type veth peer name uplink netns {anchor}",
-            f"ip address add {layout.address(2)}/24 dev {layout.device}",
-            f"ip link set {layout.device} up",
-        ):
-            subprocess.run(command.split(), check=True)
-        subprocess.run(self.inside(*"ip link set uplink master cni0 up".split()), check=True)
+        subprocess.run(["ip", "address", "add", f"{layout.address(2)}/24", "dev", layout.device], check=True)
+        subprocess.run(["ip", "link", "set", layout.device, "up"], check=True)
 
     def inside(self, *argv: str | Path, network: bool = True) -> list[str]:
         """``argv`` in the namespaces; without ``network``, in this machine's own network."""
@@ -101,10 +104,9 @@ class Sandbox:
         for group in groups:
             for folder, _, _ in os.walk(group, topdown=False):
                 _remove_group(Path(folder))
-
-
-class SandboxRefused(Exception):
-    """This machine does not allow namespaces."""
+        if (before := self._layout.state / "kernel.json").exists():
+            for name, value in json.loads(before.read_text()).items():
+                Path("/proc/sys", name).write_text(value)
 
 
 def record(path: Path, pid: int) -> None:
