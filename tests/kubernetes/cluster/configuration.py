@@ -11,6 +11,8 @@ from .programs import Program, command, web
 
 NODE = "utaforge"
 S3_ACCESS_KEY, S3_SECRET_KEY = "utaforge", "utaforge-secret"
+REGISTRY_USER, REGISTRY_PASSWORD = "utaforge", "utaforge"
+REGISTRY_PASSWORD_BCRYPT = "$2b$05$Fke7pNpZkoscbXCUJRPeAuPD5jmQ78gyHut8teVE3UwbV88Hhio7u"
 PAUSE_IMAGE = "pause:1"
 OPERATOR = "kuberay-operator"
 
@@ -24,7 +26,14 @@ def stages(layout: Layout, binaries: Path) -> list[list[Program]]:
         return authority.kubeconfig(layout.state / f"{name}.kubeconfig", layout.api, user, group)
 
     return [
-        [_etcd(layout), _containerd(layout), _registry(layout), _s3(layout, binaries), _dockerd(layout)],
+        [
+            _etcd(layout),
+            _containerd(layout),
+            _registry(layout),
+            _private_registry(layout),
+            _s3(layout, binaries),
+            _dockerd(layout),
+        ],
         [_api_server(layout, binaries, authority)],
         [
             _controller_manager(layout, binaries, authority, kubeconfig),
@@ -112,7 +121,7 @@ def _containerd(layout: Layout) -> Program:
         ],
     }
     _write(state / "cni" / "10-pods.conflist", json.dumps(network))
-    for registry in (layout.registry,):
+    for registry in (layout.registry, layout.private_registry):
         hosts = f'server = "http://{registry}"\n[host."http://{registry}"]\n'
         _write(state / "registries" / registry / "hosts.toml", hosts)
     path = _write(state / "containerd.toml", config)
@@ -130,6 +139,22 @@ def _registry(layout: Layout) -> Program:
         """
     path = _write(layout.state / "registry.yaml", config)
     return Program("registry", ("docker-registry", "serve", path), web(f"http://{layout.registry}/v2/"))
+
+
+def _private_registry(layout: Layout) -> Program:
+    users = _write(layout.state / "registry-users", f"{REGISTRY_USER}:{REGISTRY_PASSWORD_BCRYPT}\n")
+    config = f"""
+        version: 0.1
+        log: {{level: warn}}
+        storage:
+          filesystem: {{rootdirectory: {layout.images}/registry}}
+        http: {{addr: "{layout.private_registry}"}}
+        auth:
+          htpasswd: {{realm: utaforge, path: {users}}}
+        """
+    path = _write(layout.state / "private-registry.yaml", config)
+    healthy = web(f"http://{layout.private_registry}/v2/", status=401)
+    return Program("private-registry", ("docker-registry", "serve", path), healthy)
 
 
 def _s3(layout: Layout, binaries: Path) -> Program:

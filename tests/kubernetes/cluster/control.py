@@ -14,7 +14,17 @@ from pathlib import Path
 from trainer.spec.errors import ClusterError
 
 from . import install
-from .configuration import NODE, OPERATOR, PAUSE_IMAGE, S3_ACCESS_KEY, S3_SECRET_KEY, operators, stages
+from .configuration import (
+    NODE,
+    OPERATOR,
+    PAUSE_IMAGE,
+    REGISTRY_PASSWORD,
+    REGISTRY_USER,
+    S3_ACCESS_KEY,
+    S3_SECRET_KEY,
+    operators,
+    stages,
+)
 from .install import CERTIFICATES, Say, run
 from .layout import Layout
 from .programs import Program, Supervisor
@@ -85,6 +95,9 @@ def environment(layout: Layout) -> dict[str, str]:
         "KUBECONFIG": str(layout.kubeconfig),
         "DOCKER_HOST": layout.docker,
         "UTAFORGE_TEST_REGISTRY": layout.registry,
+        "UTAFORGE_TEST_PRIVATE_REGISTRY": layout.private_registry,
+        "UTAFORGE_TEST_REGISTRY_USER": REGISTRY_USER,
+        "UTAFORGE_TEST_REGISTRY_PASSWORD": REGISTRY_PASSWORD,
         "UTAFORGE_TEST_IMAGE": f"{layout.registry}/{BASE_IMAGE}",
         "UTAFORGE_TEST_S3": layout.s3,
         "AWS_ENDPOINT_URL": layout.s3,

@@ -87,7 +87,8 @@ def base_image(say: Say) -> Path:
         say("making the base image")
         with tempfile.TemporaryDirectory(dir=_cache()) as folder:
             root = Path(folder, "root")
-            run("debootstrap", "--variant=minbase", "--include=ca-certificates", RELEASE, root)
+            private = ("unshare", "--mount", "--propagation", "private")  # its mounts end with it, however it ends
+            run(*private, "debootstrap", "--variant=minbase", "--include=ca-certificates", RELEASE, root)
             _furnish(root)
             run("tar", "-C", root, "-cf", Path(folder, "image.tar"), ".")
             Path(folder, "image.tar").rename(archive)

@@ -90,8 +90,8 @@ class Supervisor:
         return "\n".join([str(self._log(program)), *lines])
 
 
-def web(url: str) -> Callable[[], bool]:
-    """Asks a server: its answer of 200 means that it is well."""
+def web(url: str, status: int = 200) -> Callable[[], bool]:
+    """Asks a server: an answer of ``status`` means that it is well."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # their own certificates; nothing is told to them
@@ -102,8 +102,10 @@ def web(url: str) -> Callable[[], bool]:
         )
         try:
             with opener.open(url, timeout=5) as answer:
-                return answer.status == 200
-        except (OSError, urllib.error.URLError):
+                return answer.status == status
+        except urllib.error.HTTPError as error:
+            return error.code == status
+        except OSError:
             return False
 
     return healthy
