@@ -324,6 +324,8 @@ def _coredns(layout: Layout, binaries: Path) -> Program:
 
 
 def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(textwrap.dedent(text).lstrip())
+    text = textwrap.dedent(text).lstrip()
+    if not path.exists() or path.read_text() != text:  # kube-proxy ends when its file is written again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return path

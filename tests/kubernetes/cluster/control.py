@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from trainer.spec.errors import ClusterError
 
-from . import install
+from . import install, volumes
 from .configuration import (
     NODE,
     OPERATOR,
@@ -94,6 +95,7 @@ def environment(layout: Layout) -> dict[str, str]:
         "PATH": f"{layout.folder}/bin:{os.environ['PATH']}",
         "KUBECONFIG": str(layout.kubeconfig),
         "DOCKER_HOST": layout.docker,
+        "DOCKER_BUILDKIT": "1",
         "UTAFORGE_TEST_REGISTRY": layout.registry,
         "UTAFORGE_TEST_PRIVATE_REGISTRY": layout.private_registry,
         "UTAFORGE_TEST_REGISTRY_USER": REGISTRY_USER,
@@ -131,7 +133,8 @@ def _start(layout: Layout, sandbox: Sandbox, programs: Path, base: Path, say: Sa
             kubectl(layout, programs, "apply", "--server-side", *manifests)
             _apply(layout, programs, _binding())
         supervisor.start(extras)
-    with _phase("node", say):
+    with _phase("node, volumes", say):
+        volumes.renew(layout, functools.partial(kubectl, layout, programs))
         kubectl(layout, programs, "wait", "--for=condition=Ready", f"node/{NODE}", "--timeout=120s")
 
 

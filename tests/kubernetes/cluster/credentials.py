@@ -36,6 +36,8 @@ class Authority:
 
     def kubeconfig(self, path: Path, server: str, user: str, group: str | None = None) -> Path:
         """A file by which ``user`` reaches the API server."""
+        if path.exists():
+            return path
         certificate = self.issue(path.name, user, group)
 
         def text(file: Path) -> str:
