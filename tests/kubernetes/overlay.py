@@ -77,7 +77,7 @@ class Namespace:
             self.apply(whole)
             yield
         finally:
-            self.kubectl("delete", "--wait=false", "-f", "-", stdin=yaml.safe_dump_all(whole))
+            self.kubectl("delete", "--wait=false", "--ignore-not-found", "-f", "-", stdin=yaml.safe_dump_all(whole))
 
 
 def kustomize(folder: Path) -> str:

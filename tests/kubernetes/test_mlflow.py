@@ -19,7 +19,7 @@ IMAGES = Path(__file__).parent / "images"
 STAND_INS = {"ghcr.io/mlflow/mlflow": "mlflow", "postgres": "postgresql"}
 """A default image → the Dockerfile of what stands in for it where tests have a registry of their own."""
 ADMIN = ("admin", secrets.token_hex(16))
-SINGER = ("歌い手", "夜の歌をうたう123")
+SINGER = ("歌い手", "夜の歌をいつまでもうたう")
 
 ASK = """
 import base64, json, sys, urllib.error, urllib.request
