@@ -19,7 +19,7 @@ IMAGES = Path(__file__).parent / "images"
 STAND_INS = {"ghcr.io/mlflow/mlflow": "mlflow", "postgres": "postgresql"}
 """A default image → the Dockerfile of what stands in for it where tests have a registry of their own."""
 ADMIN = ("admin", secrets.token_hex(16))
-SINGER = ("歌い手", "夜の歌をいつまでもうたう")
+SINGER = ("singer", secrets.token_hex(16))
 
 ASK = """
 import base64, json, sys, urllib.error, urllib.request
@@ -60,8 +60,9 @@ class Client:
     def python(self, program: str, *arguments: str, user: tuple[str, str] = ("", "")) -> str:
         """The last line that a program prints in it."""
         settings = ["MLFLOW_TRACKING_URI=http://mlflow:5000", "MLFLOW_HTTP_REQUEST_MAX_RETRIES=0"]
+        quiet = ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false", "GIT_PYTHON_REFRESH=quiet"]
         known = [f"MLFLOW_TRACKING_USERNAME={user[0]}", f"MLFLOW_TRACKING_PASSWORD={user[1]}"]
-        command = ["env", *settings, *known, "python3", "-c", program, *arguments]
+        command = ["env", *settings, *quiet, *known, "python3", "-c", program, *arguments]
         return self.namespace.kubectl("exec", "client", "--", *command).splitlines()[-1]
 
     def ask(
@@ -88,7 +89,7 @@ def bucket(cluster: Cluster) -> Iterator[Any]:
     made = boto3.resource(
         "s3",
         endpoint_url=cluster.s3,
-        region_name="us-east-1",
+        region_name=cluster.environment.get("AWS_REGION", "us-east-1"),
         aws_access_key_id=cluster.environment["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=cluster.environment["AWS_SECRET_ACCESS_KEY"],
     ).Bucket(f"utaforge-test-{secrets.token_hex(4)}")
@@ -104,7 +105,11 @@ def client(
 ) -> Iterator[Client]:
     """The overlay ``prod`` at work, with secrets made as ``k8s/README.md`` says."""
     namespace = Namespace(cluster)
-    settings = {"MLFLOW_S3_ENDPOINT_URL": cluster.s3, "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{bucket.name}/歌"}
+    settings = {
+        "MLFLOW_S3_ENDPOINT_URL": cluster.s3,
+        "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{bucket.name}/歌",
+        "AWS_DEFAULT_REGION": bucket.meta.client.meta.region_name,
+    }
     objects = namespace.render("overlays/prod", tmp_path_factory.mktemp("prod"), images, settings)
     with namespace.holding(objects):
         _secret(namespace, "mlflow-postgresql", password=secrets.token_hex(16))
@@ -141,7 +146,7 @@ def test_a_user_logs_a_run_whose_artifacts_lie_in_s3(client: Client, run: str, b
     assert [text for key, text in stored.items() if key.endswith(f"/{run}/artifacts/audio/歌詞.txt")] == [LYRICS]
 
 
-@pytest.mark.parametrize("user", [None, ("歌い手", "さくらさくら"), ("admin", "password1234")])
+@pytest.mark.parametrize("user", [None, (SINGER[0], "password"), ("admin", "password1234")])
 def test_without_the_right_password_nobody_comes_in(client: Client, run: str, user: tuple[str, str] | None) -> None:
     assert client.ask(f"/api/2.0/mlflow/runs/get?run_id={run}", user=user)[0] == 401
 
