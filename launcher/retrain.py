@@ -93,8 +93,32 @@ def retrain(job: Job, trainer: Trainer, say: Say) -> Outcome:
     seen = _read(newest, "data.json") if newest else champion["data"] if champion else None
     if not waiting and job.retrain.when == "new-data" and seen and _digests(seen) == _digests(data):
         return Outcome()
-    candidate, name = _candidate(job, champion, data, waiting, runs)
-    return _train(candidate, name, champion, data, say)
+    chosen, name = candidate(job, champion, data, waiting, runs)
+    return _train(chosen, name, champion, data, say)
+
+
+def candidate(
+    job: Job, champion: Document | None, data: Document, waiting: Run | None, runs: Mapping[int, Run]
+) -> tuple[Job, str]:
+    """The job that a retraining of ``job`` submits, and the name of its run.
+
+    Args:
+        job: as its file says.
+        champion: the last page of its book.
+        data: the versions to train and to be judged on, as ``data.json`` will have them.
+        waiting: a retraining that was cut off; it goes on if data, job and champion are what they were.
+        runs: of the job, by number.
+    """
+    if waiting and (told := _read(waiting, _RETRAIN)) and told["champion"] == (champion["number"] if champion else 0):
+        same = starting_from(job, getattr(waiting.job.method, "init", None))
+        if _read(waiting, "data.json") == data and not differences(waiting.job, same):
+            return same, waiting.name
+    return starting_from(job, champion["adapter"]) if champion else job, free_name(job.name, runs)
+
+
+def starting_from(job: Job, adapter: str | None) -> Job:
+    """``job`` with ``adapter`` as ``method.init``."""
+    return job.model_copy(update={"method": job.method.model_copy(update={"init": adapter})})
 
 
 def prepare(job: Job, trainer: Trainer) -> int:
@@ -121,23 +145,6 @@ def _outcome(run: Run) -> Outcome:
     if verdict is None:
         raise UtaforgeError(f"run {run.name} ended without a verdict", "retrain again: it will be judged then")
     return Outcome(run, verdict)
-
-
-def _candidate(
-    job: Job, champion: Document | None, data: Document, waiting: Run | None, runs: Mapping[int, Run]
-) -> tuple[Job, str]:
-    """The job of this retraining and the name of its run: the one that was cut off, if nothing else has changed."""
-    number = champion["number"] if champion else 0
-    if waiting and (told := _read(waiting, _RETRAIN)) and told["champion"] == number:
-        same = starting_from(job, getattr(waiting.job.method, "init", None))
-        if _read(waiting, "data.json") == data and not differences(waiting.job, same):
-            return same, waiting.name
-    return starting_from(job, champion["adapter"]) if champion else job, free_name(job.name, runs)
-
-
-def starting_from(job: Job, adapter: str | None) -> Job:
-    """``job`` with ``adapter`` as ``method.init``."""
-    return job.model_copy(update={"method": job.method.model_copy(update={"init": adapter})})
 
 
 def _champion(job: Job) -> Document | None:

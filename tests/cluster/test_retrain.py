@@ -93,6 +93,12 @@ def story(utaforge: Utaforge) -> Story:
     story.retrain("worse", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=3")
     story.retrain("failed", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=1e38")
     story.told("an older one by hand", utaforge("promote", "sakura", "--job", str(job)))
+    lock = utaforge.home / "mlflow.db.lock"
+    lock.unlink()
+    lock.mkdir()
+    story.told("without MLflow", utaforge("promote", "sakura-2", "--job", str(job)))
+    lock.rmdir()
+    story.told("MLflow is back", utaforge("sync", "sakura-2", "--job", str(job)))
     return story
 
 
@@ -168,6 +174,15 @@ def test_a_person_promotes_an_older_run_again(story: Story) -> None:
     assert story.champions["an older one by hand"] == story.aliases["an older one by hand"] == "sakura"
     client = MlflowClient(story.command.mlflow)
     assert len(client.search_model_versions("name = 'sakura'")) == 2
+
+
+def test_without_mlflow_the_stores_word_stands_and_sync_tells_it_later(story: Story) -> None:
+    said = story.said["without MLflow"]
+    assert said.code == 0, said.text
+    assert "tell it with `utaforge sync sakura-2`" in said.text
+    assert (story.champions["without MLflow"], story.aliases["without MLflow"]) == ("sakura-2", "sakura")
+    assert story.said["MLflow is back"].code == 0, story.said["MLflow is back"].text
+    assert story.aliases["MLflow is back"] == "sakura-2"
 
 
 def test_a_run_that_was_cut_off_before_its_verdict_is_judged_by_the_next_retraining(story: Story) -> None:

@@ -90,7 +90,7 @@ def test_a_job_without_a_schedule_or_off_kubernetes_is_refused(job: Job) -> None
 
 
 def test_the_committed_example_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["render", "cronjob", str(EXAMPLE / "job.yaml"), "--secret", "utaforge-s3"]) == 0
+    assert run(["render", "cronjob", str(EXAMPLE / "job.yaml"), "--secret", "utaforge-store"]) == 0
     committed = (EXAMPLE / "cronjob.yaml").read_text(encoding="utf-8")
     assert committed.partition("\n")[2] == capsys.readouterr().out
 

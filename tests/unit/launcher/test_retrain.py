@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.cli import run as utaforge
-from launcher.retrain import retrain, starting_from
+from launcher.retrain import candidate, retrain, starting_from
 from launcher.runs import Busy, Run, create_or_resume
 from trainer.spec import DataError, Job, JobError
 from trainer.store import open_store
@@ -57,9 +57,11 @@ def made(job: Job, store: str, *, judged: bool) -> Run:
     return run
 
 
-def champion(run: Run, store: str) -> None:
-    page = {"number": 1, "run": run.name, "adapter": f"{run.url}/adapter", "data": data(store)}
-    open_store(f"{store}/champions/demo").put("000001.json", json.dumps(page).encode())
+def champion(run: Run, store: str, number: int = 1) -> dict[str, Any]:
+    """Make ``run`` the champion."""
+    page = {"number": number, "run": run.name, "adapter": f"{run.url}/adapter", "data": data(store)}
+    open_store(f"{store}/champions/demo").put(f"{number:06d}.json", json.dumps(page).encode())
+    return page
 
 
 def decided(job: Job) -> int:
@@ -140,6 +142,25 @@ def test_a_finished_run_without_a_verdict_is_judged_first(retrained: Jobs, store
 
     outcome = retrain(retrained(), trainer, lambda _: None)
     assert (outcome.exit_code, asked) == (0, [("trainer.gate", run.url)])
+
+
+def test_a_retraining_that_was_cut_off_goes_on_with_the_start_it_began_with(retrained: Jobs, store: str) -> None:
+    run = made(starting_from(retrained(), "s3://歌/adapter"), store, judged=False)
+    job, name = candidate(retrained("checkpoint.every=7"), None, data(store), run, {1: run})
+    assert (name, getattr(job.method, "init", None)) == ("demo", "s3://歌/adapter")
+
+
+def test_it_does_not_go_on_if_songs_job_or_champion_have_changed(retrained: Jobs, store: str) -> None:
+    run = made(retrained(), store, judged=False)
+    now = champion(run, store)
+    new_songs = data(store, 2, "second")
+    for job, page, versions in (
+        (retrained(), None, new_songs),
+        (retrained("train.optimizer.lr=1.0e-3"), None, data(store)),
+        (retrained(), now, data(store)),
+    ):
+        chosen, name = candidate(job, page, versions, run, {1: run})
+        assert (name, getattr(chosen.method, "init", None)) == ("demo-2", page["adapter"] if page else None)
 
 
 def test_the_start_is_part_of_the_job_and_nothing_else_changes(retrained: Jobs) -> None:
