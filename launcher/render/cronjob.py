@@ -79,8 +79,8 @@ def as_yaml(manifests: Sequence[Manifest]) -> str:
         def ignore_aliases(self, data: object) -> bool:
             return True
 
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+    def text(_: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return yaml.ScalarNode("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
     Dumper.add_representer(str, text)
     return yaml.dump_all(manifests, Dumper=Dumper, allow_unicode=True, sort_keys=False, width=120)

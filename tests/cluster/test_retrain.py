@@ -80,6 +80,7 @@ def story(utaforge: Utaforge) -> Story:
     job = utaforge.folder / "sakura.yaml"
     job.write_text(JOB.format(store=f"file://{store}"), encoding="utf-8")
     story = Story(store, utaforge, job)
+    assert story.alias() is None, "MLflow's tables are there before a run has to wait for them"
     options = [option.replace("STORE", f"file://{store}") for option in HELD_OUT]
     prepared = utaforge("prepare", str(job), *options, "--set", "retrain=null", "--set", "data.prepare.source.songs=3")
     assert prepared.code == 0, prepared.text
@@ -91,7 +92,7 @@ def story(utaforge: Utaforge) -> Story:
     story.retrain("a second at the same time", *MORE_SONGS)
     story.told("new songs", at_work.end())
     story.retrain("worse", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=3")
-    story.retrain("failed", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=1e38")
+    story.retrain("failed", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=1.0e+30")
     story.told("an older one by hand", utaforge("promote", "sakura", "--job", str(job)))
     lock = utaforge.home / "mlflow.db.lock"
     lock.unlink()
