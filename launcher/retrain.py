@@ -77,7 +77,7 @@ def retrain(job: Job, trainer: Trainer, say: Say) -> Outcome:
         raise JobError(f"{job.name} has no retrain section", 'write retrain: {cron: "0 3 * * 0"} into the job file')
     open_store(job.store).check_writable()
     runs = runs_of_job(runs_of(job.store), job.name)
-    newest = next((runs[number] for number in sorted(runs, reverse=True) if runs[number].store.exists(_RETRAIN)), None)
+    newest = _newest_with(_RETRAIN, runs)
     if newest and not newest.store.exists(_VERDICT):
         _refuse_if_at_work(newest)
         if newest.finished:
@@ -89,10 +89,11 @@ def retrain(job: Job, trainer: Trainer, say: Say) -> Outcome:
         _refuse_if_it_does_not_fit(champion, job)
     _prepare(job, trainer, say)
     data = _newest_versions(job, champion, say)
-    waiting = newest if newest and not newest.finished else None
-    seen = _read(newest, "data.json") if newest else champion["data"] if champion else None
-    if not waiting and job.retrain.when == "new-data" and seen and _digests(seen) == _digests(data):
+    judged = _newest_with(_VERDICT, runs)
+    seen = _read(judged, "data.json") if judged else champion["data"] if champion else None
+    if job.retrain.when == "new-data" and seen and _digests(seen) == _digests(data):
         return Outcome()
+    waiting = newest if newest and not newest.finished else None
     chosen, name = candidate(job, champion, data, waiting, runs)
     return _train(chosen, name, champion, data, say)
 
@@ -145,6 +146,10 @@ def _outcome(run: Run) -> Outcome:
     if verdict is None:
         raise UtaforgeError(f"run {run.name} ended without a verdict", "retrain again: it will be judged then")
     return Outcome(run, verdict)
+
+
+def _newest_with(path: str, runs: Mapping[int, Run]) -> Run | None:
+    return next((runs[number] for number in sorted(runs, reverse=True) if runs[number].store.exists(path)), None)
 
 
 def _champion(job: Job) -> Document | None:

@@ -74,6 +74,12 @@ def test_without_new_songs_there_is_nothing_to_do_whatever_the_verdict_was(retra
     assert decided(retrained()) == 10
 
 
+def test_a_failed_run_on_songs_that_another_was_judged_on_is_no_reason(retrained: Jobs, store: str) -> None:
+    made(retrained(), store, judged=True)
+    assert made(retrained(), store, judged=False).name == "demo-2"
+    assert decided(retrained()) == 10
+
+
 def test_a_new_version_with_the_same_songs_is_nothing_new(retrained: Jobs, store: str) -> None:
     made(retrained(), store, judged=True)
     publish(f"{store}/datasets/demo", 2, "first")
