@@ -22,13 +22,19 @@ from trainer.spec.errors import ClusterError, JobError, StoreError, UtaforgeErro
 from trainer.store import Store, open_store
 
 State = Literal["finished", "running", "failed", "stopped"]
-MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"))
+MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"), ("retrain",))
 """What a run may change when it is continued: nothing that is learnt depends on it."""
 ANSWER_SECONDS = 3.0
 """How long a cluster is waited for when only its state is wanted."""
 STOP_SECONDS = 60.0
 _ATTEMPTS, _COMMITS, _JOURNAL = "attempts", "checkpoints", "metrics.jsonl"
 _RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class Busy(ClusterError):
+    """Somebody else is at work on it."""
+
+    exit_code = 12
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Run:
         """Claim this run for a submission to ``jobs``, which is to be made under ``Attempt.submission``.
 
         Raises:
-            ClusterError: somebody else claimed it at the same moment.
+            Busy: somebody else claimed it at the same moment.
         """
         number = self.attempts() + 1
         attempt = Attempt(
@@ -160,7 +166,7 @@ class Run:
         return attempt
 
     def refuse_if_running(self) -> None:
-        """Raise ``ClusterError`` if a submission of this run is at work: never two at once."""
+        """Raise ``Busy`` if a submission of this run is at work: never two at once."""
         attempt = self.newest_attempt()
         if attempt and self._is_alive(attempt):
             raise _busy(self.name, f"on {attempt.host} since {_clock(attempt.time)} (attempt {attempt.number})")
@@ -302,14 +308,14 @@ def create_or_resume(job: Job, plan: Mapping[str, Any], name: str | None = None)
 
     Raises:
         JobError: the run was made from another job (names the fields), or ``name`` is finished or cannot be a name.
-        ClusterError: the run is at work at this moment.
+        Busy: the run is at work at this moment.
     """
     place = runs_of(job.store)
     run, news = _named(place, job, name) if name else _next(place, job)
     run.refuse_if_running()
     dumped = dump_job(job).encode()
     if not run.store.create("job.json", dumped):
-        if differing := list(changes(run.job, job, MAY_DIFFER)):
+        if differing := differences(run.job, job):
             raise _other_job(run.name, differing)
         run.store.put("job.json", dumped)
     run.store.put("plan.json", json.dumps(plan, ensure_ascii=False, indent=1).encode())
@@ -333,27 +339,32 @@ def _named(place: Store, job: Job, name: str) -> tuple[Run, str]:
 
 def _next(place: Store, job: Job) -> tuple[Run, str]:
     """The newest unfinished run of this job, else the next free name; neither if the newest waits for another job."""
-    runs = _numbered(place, job.name)
+    runs = runs_of_job(place, job.name)
     differing: list[str] = []
     for number in sorted(runs, reverse=True):
         run = runs[number]
         if run.finished:
             continue
-        found = list(changes(run.job, job, MAY_DIFFER))
+        found = differences(run.job, job)
         if not found:
             return run, _going_on(run)
         if number == max(runs):
             differing = found
     if differing:
         raise _other_job(runs[max(runs)].name, differing)
-    number = max(runs, default=0) + 1
-    name = job.name if number == 1 else f"{job.name}-{number}"
-    before = f" ({runs[number - 1].name} is finished)" if number > 1 else ""
+    name = free_name(job.name, runs)
+    before = f" ({runs[max(runs)].name} is finished)" if runs else ""
     return Run(place.at(name)), f"run {name}: new{before}"
 
 
-def _numbered(place: Store, job_name: str) -> dict[int, Run]:
-    """Runs named by this rule: number → run."""
+def free_name(job_name: str, runs: Mapping[int, Run]) -> str:
+    """The name of the next run of a job that has ``runs`` by number."""
+    number = max(runs, default=0) + 1
+    return job_name if number == 1 else f"{job_name}-{number}"
+
+
+def runs_of_job(place: Store, job_name: str) -> dict[int, Run]:
+    """Runs of the job ``job_name`` in ``place`` that are called like it or like it with a number: number → run."""
     found: dict[int, Run] = {}
     for name in place.folders():
         match = re.fullmatch(rf"{re.escape(job_name)}(?:-([1-9]\d*))?", name)
@@ -367,6 +378,11 @@ def _going_on(run: Run) -> str:
     return (
         f"run {run.name}: continues at step {step}" if step else f"run {run.name}: starts again, it had no checkpoint"
     )
+
+
+def differences(old: Job, new: Job) -> list[str]:
+    """The changes that decide what is learnt."""
+    return list(changes(old, new, MAY_DIFFER))
 
 
 def changes(old: Job, new: Job, without: Sequence[tuple[str, ...]] = ()) -> Iterator[str]:
@@ -399,8 +415,8 @@ def _other_job(name: str, differing: list[str]) -> JobError:
     )
 
 
-def _busy(name: str, where: str) -> ClusterError:
-    return ClusterError(
+def _busy(name: str, where: str) -> Busy:
+    return Busy(
         f"run {name} is at work already, {where}",
         f"wait for it (utaforge logs -f {name}), stop it (utaforge cancel {name}), or start another: --run NEW-NAME",
     )

@@ -19,6 +19,7 @@ from launcher.doctor import Check
 from launcher.plan import Plan
 from launcher.profiles import GIB
 from launcher.rehearse import Rehearsal
+from launcher.retrain import Outcome as Retraining
 from launcher.runs import Run, Status
 from launcher.submit import Outcome
 
@@ -150,6 +151,21 @@ def summary(outcome: Outcome, store_option: str) -> None:
         ("took", _clock(outcome.seconds)),
     ]
     _rows(f"run {run.name} is finished", rows)
+
+
+def retraining(job_name: str, outcome: Retraining) -> None:
+    """Print what a retraining came to."""
+    if outcome.run is None or outcome.verdict is None:
+        console().print(f"nothing to do: {escape(job_name)} has no new songs since it was last trained")
+        return
+    run, verdict = outcome.run, outcome.verdict
+    rows = [
+        ("held-out loss", f"{_loss(verdict['before'])} → {_loss(verdict['after'])}"),
+        *(("reason", reason) for reason in verdict["reasons"]),
+        ("report", _place(run, "report.md")),
+        ("audio", _place(run, "audio")),
+    ]
+    _rows(f"run {run.name} is {'promoted' if verdict['promoted'] else 'rejected'}", rows)
 
 
 def rehearsal(done: Rehearsal, say: Say) -> None:

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from trainer import gate
 from trainer.checkpoint import Checkpoints
 from trainer.rundir import FAILURE, RunDirectory
 from trainer.spec.errors import ClusterError, UtaforgeError
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         run.store.delete([FAILURE])
         _prepare(run)
         fit(run)
+        if run.store.exists(gate.RETRAIN):
+            gate.settle(run)
+            gate.mirror(run)
     except UtaforgeError as error:
         run.report_failure(error)
         return error.exit_code

@@ -79,8 +79,6 @@ def _judging(job: Job) -> Iterator[Unavailable]:
     for name in ("hours", "usd"):
         if getattr(job.budget, name) is not None:
             yield ("budget", name), _yet("enforcing a budget", "remove it")
-    if job.retrain:
-        yield ("retrain",), _yet("retraining on a schedule", "remove it")
 
 
 def _cluster(job: Job) -> Iterator[Unavailable]:

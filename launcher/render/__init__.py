@@ -1,0 +1,1 @@
+"""Manifests as values: pure functions, nothing is sent."""
