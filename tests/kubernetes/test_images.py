@@ -1,4 +1,4 @@
-"""The images as ``make image`` builds them, run as a cluster runs them: as nobody special, with a root file system to read."""
+"""The images as ``make image`` builds them, run as a cluster runs them: as nobody special, with nothing to write to."""
 
 import json
 import subprocess
@@ -86,13 +86,15 @@ def test_deepspeed_communicates_on_cpus_without_a_compiler(images: Images) -> No
     assert images.inside("trainer", "sh", "-c", "command -v g++ gcc cc || echo none") == "none\n"
     built = images.inside("trainer", "python", "-m", "trainer.engine", "--warm")
     assert "deepspeed_shm_comm_op built successfully" in built
-    assert images.inside("trainer", "sh", "-c", "python -m trainer.engine --warm > /dev/null; find /tmp -name '*.so'") == ""
+    again = "python -m trainer.engine --warm > /dev/null; find /tmp -name '*.so'"
+    assert images.inside("trainer", "sh", "-c", again) == ""
 
 
-def test_every_module_of_the_trainer_is_compiled(images: Images) -> None:
-    script = "import sys, torch, ray, trainer.engine as e; print(*(m.__cached__ for m in (torch, ray, e)), sep='\\n')"
-    for path in images.inside("trainer", "python", "-c", script).split():
-        assert images.inside("trainer", "test", "-f", path) == ""
+def test_imports_find_bytecode(images: Images) -> None:
+    script = (
+        "import os, torch, ray, trainer.engine as e; print(*(os.path.exists(m.__cached__) for m in (torch, ray, e)))"
+    )
+    assert images.inside("trainer", "python", "-c", script) == "True True True\n"
 
 
 def test_the_trainer_has_what_kuberays_probes_and_submitter_call(images: Images) -> None:
@@ -101,7 +103,8 @@ def test_the_trainer_has_what_kuberays_probes_and_submitter_call(images: Images)
 
 def test_the_launcher_is_small_and_has_no_torch(images: Images) -> None:
     assert images.inspect("launcher")["Size"] < 300 * MEBIBYTE
-    assert images.inside("launcher", "python", "-c", "import importlib.util as u; print(u.find_spec('torch'))") == "None\n"
+    script = "import importlib.util; print(importlib.util.find_spec('torch'))"
+    assert images.inside("launcher", "python", "-c", script) == "None\n"
     assert "submit" in images.inside("launcher", "utaforge", "--help")
 
 
@@ -110,7 +113,8 @@ def test_the_launcher_plans_a_job_and_knows_kubernetes(images: Images) -> None:
     assert "歌" in job
     said = images.inside("launcher", "sh", "-c", "cat > /tmp/demo.yaml && utaforge plan /tmp/demo.yaml", stdin=job)
     assert "demo" in said
-    assert images.inside("launcher", "python", "-c", "from kubernetes import client, config, watch; print('歌')") == "歌\n"
+    script = "from kubernetes import client, config, watch; print('歌')"
+    assert images.inside("launcher", "python", "-c", script) == "歌\n"
 
 
 @both
