@@ -39,6 +39,11 @@ class Images:
     def inside(self, image: str, *command: str, stdin: str = "") -> str:
         return self.run("docker", "run", "--rm", "--interactive", *CONFINED, self.name(image), *command, stdin=stdin)
 
+    def found(self, image: str, *programs: str) -> set[str]:
+        """Those of ``programs`` that are on its path."""
+        script = "import shutil, sys; print(*filter(shutil.which, sys.argv[1:]))"
+        return set(self.inside(image, "python", "-c", script, *programs).split())
+
     def run(self, *command: str | Path, stdin: str = "") -> str:
         done = subprocess.run(
             command, env=self.environment, input=stdin, capture_output=True, text=True, timeout=3000, check=False
@@ -83,7 +88,7 @@ def test_nothing_of_them_can_be_written(images: Images, image: str) -> None:
 
 
 def test_deepspeed_communicates_on_cpus_without_a_compiler(images: Images) -> None:
-    assert images.inside("trainer", "sh", "-c", "command -v g++ gcc cc || echo none") == "none\n"
+    assert images.found("trainer", "g++", "gcc", "cc", "c++") == set()
     built = images.inside("trainer", "python", "-m", "trainer.engine", "--warm")
     assert "deepspeed_shm_comm_op built successfully" in built
     again = "python -m trainer.engine --warm > /dev/null; find /tmp -name '*.so'"
@@ -98,7 +103,7 @@ def test_imports_find_bytecode(images: Images) -> None:
 
 
 def test_the_trainer_has_what_kuberays_probes_and_submitter_call(images: Images) -> None:
-    assert "2.60" in images.inside("trainer", "bash", "-c", "command -v wget grep > /dev/null && ray --version")
+    assert images.found("trainer", "bash", "wget", "grep", "ray") == {"bash", "wget", "grep", "ray"}
 
 
 def test_the_launcher_is_small_and_has_no_torch(images: Images) -> None:
