@@ -11,7 +11,9 @@ from tests.kubernetes.cluster.access import Cluster, eventually
 
 ROOT = Path(__file__).parents[2]
 CONFINED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
-MEBIBYTE = 2**20
+MEGABYTE = 1_000_000
+PUBLIC_BASE = 75 * MEGABYTE
+"""Of debian:bookworm-slim; what stands in for it where nothing can be pulled is larger."""
 
 
 class Images:
@@ -106,8 +108,12 @@ def test_the_trainer_has_what_kuberays_probes_and_submitter_call(images: Images)
     assert images.found("trainer", "bash", "wget", "grep", "ray") == {"bash", "wget", "grep", "ray"}
 
 
-def test_the_launcher_is_small_and_has_no_torch(images: Images) -> None:
-    assert images.inspect("launcher")["Size"] < 300 * MEBIBYTE
+def test_the_launcher_is_small_and_has_no_torch(images: Images, cluster: Cluster) -> None:
+    size = images.inspect("launcher")["Size"]
+    if cluster.own:
+        base = json.loads(images.run("docker", "image", "inspect", cluster.image))[0]["Size"]
+        size += PUBLIC_BASE - base
+    assert size <= 300 * MEGABYTE
     script = "import importlib.util; print(importlib.util.find_spec('torch'))"
     assert images.inside("launcher", "python", "-c", script) == "None\n"
     assert "submit" in images.inside("launcher", "utaforge", "--help")
