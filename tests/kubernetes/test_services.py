@@ -56,9 +56,11 @@ def services(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
     if compose.returncode != 0:
         pytest.skip("Docker has no compose plug-in here")
     found = Services(environment | _stand_ins(cluster), tmp_path_factory.mktemp("services") / "utaforge")
-    found.make("up")
-    yield found
-    found.run("docker", "compose", "--file", found.folder / "docker/compose.yaml", "down", "--volumes")
+    try:
+        found.make("up")
+        yield found
+    finally:
+        found.run("docker", "compose", "--file", found.folder / "docker/compose.yaml", "down", "--volumes")
 
 
 def test_runs_and_their_artifacts_outlive_the_services(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
