@@ -8,6 +8,11 @@ READY := .venv/.ready
 JOB ?= jobs/demo.yaml
 GOLDEN ?= ../shared/golden
 PORT ?= 5000
+IMAGE ?= utaforge
+TAG ?= $(shell git describe --tags --always --dirty)
+BASE ?= debian:bookworm-slim
+IMAGES := $(if $(REGISTRY),$(REGISTRY)/)$(IMAGE)
+COMPOSE := docker compose --file docker/compose.yaml
 
 export UTAFORGE_HOME ?= $(HOME_DIR)
 export TORCH_EXTENSIONS_DIR ?= $(HOME_DIR)/cache/torch_extensions
@@ -67,10 +72,41 @@ check: $(READY) ## lint, types, layers
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/hadolint --config docker/hadolint.yaml $$(git ls-files '*Dockerfile')
 
 fix: $(READY) ## what the linters can repair
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+image: ## build the images utaforge-trainer and utaforge-launcher (BASE=nvidia/cuda:… REGISTRY=host/project PUSH=1 BUILD="--secret …")
+	@mkdir -p $(UTAFORGE_HOME)/images
+	@$(call build,trainer,--build-arg BASE=$(BASE))
+	@$(call build,launcher)
+
+define build
+set -e; image=$(IMAGES)-$(1):$(TAG); \
+DOCKER_BUILDKIT=1 docker build $(BUILD) $(2) --build-arg UV_VERSION=$(UV_VERSION) --file docker/Dockerfile --target $(1) --tag $$image \
+	--label org.opencontainers.image.title=utaforge-$(1) \
+	--label org.opencontainers.image.description="Fine-tune open music models on a Ray cluster from one YAML file" \
+	--label org.opencontainers.image.licenses=Apache-2.0 \
+	--label org.opencontainers.image.version=$(TAG) \
+	--label org.opencontainers.image.revision=$$(git rev-parse HEAD) \
+	--label org.opencontainers.image.created=$$(git log -1 --format=%cI) \
+	$(if $(SOURCE),--label org.opencontainers.image.source=$(SOURCE)) .; \
+docker run --rm --network none $$image cat /usr/share/doc/utaforge/sbom.json > $(UTAFORGE_HOME)/images/utaforge-$(1).cdx.json; \
+$(if $(PUSH),docker push $$image;) \
+echo "$$image, its parts in $(UTAFORGE_HOME)/images/utaforge-$(1).cdx.json"
+endef
+
+up: docker/.env ## MLflow, PostgreSQL and an S3 server on this machine's loopback, by Docker
+	@$(COMPOSE) up --detach --wait
+
+down: ## end what `make up` started; its data stay
+	@$(COMPOSE) down
+
+docker/.env:
+	@umask 077; for name in POSTGRES_PASSWORD AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do \
+		echo "$$name=$$($(PYTHON) -c 'import secrets; print(secrets.token_hex(16))')"; done > $@
 
 bench: $(READY) ## measure, and write tests/bench/results
 	@$(BIN)/python -m tests.bench
@@ -87,11 +123,14 @@ goldens: $(READY) ## write committed copies again: upstream's cases (from GOLDEN
 	@$(BIN)/utaforge schema -o jobs/job.schema.json
 	@git diff --stat -- tests/golden jobs/job.schema.json
 
-lock: $(READY) ## resolve requirements.lock again
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --generate-hashes \
-		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml
+
+lock: $(READY) ## resolve requirements.lock again, and from it what the images hold
+	@$(COMPILE) --upgrade --all-extras -o requirements.lock
+	@$(COMPILE) --no-annotate --constraint requirements.lock $(addprefix --extra ,train audio ray tracking s3) -o requirements-trainer.lock
+	@$(COMPILE) --no-annotate --constraint requirements.lock --extra kubernetes -o requirements-launcher.lock
 
 clean: ## remove .venv and caches; runs, datasets and MLflow's records stay
 	@rm -rf .venv .utaforge/cache
 
-.PHONY: help setup submit plan prepare list doctor ui test check fix bench bench-gpu demo-base goldens lock clean test-kubernetes cluster-up cluster-down
+.PHONY: help setup submit plan prepare list doctor ui test check fix bench bench-gpu demo-base goldens lock clean test-kubernetes cluster-up cluster-down image up down
