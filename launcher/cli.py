@@ -90,7 +90,7 @@ def plan(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from launcher.plan import plan as make_plan
     from trainer.spec import load_job
 
-    planned = make_plan(load_job(job_path, overrides))
+    planned = make_plan(load_job(job_path, overrides), Path(job_path).parent)
     if as_json:
         show.as_json(planned.as_json())
     else:
@@ -128,7 +128,7 @@ def submit(job_path: str, overrides: tuple[str, ...], run_name: str | None, yes:
     from trainer.store import open_store
 
     job = load_job(job_path, overrides)
-    planned = make_plan(job)
+    planned = make_plan(job, Path(job_path).parent)
     show.plan(planned)
     open_store(job.store).check_writable()
     if planned.usd is not None and not yes:
