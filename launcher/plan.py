@@ -262,9 +262,7 @@ def _usd(job: Job, profile: Profile, machines: int, hours: float | None) -> tupl
     return hours * machines * usd, basis
 
 
-def _checks(
-    job: Job, profile: Profile, load: Load, machines: int, batch_seconds: float
-) -> Iterator[str]:
+def _checks(job: Job, profile: Profile, load: Load, machines: int, batch_seconds: float) -> Iterator[str]:
     train, ranks = job.train, load.ranks
     if train.schedule.warmup > train.steps / 2:
         yield f"train.schedule.warmup: {train.schedule.warmup} of {train.steps} steps are warm-up"

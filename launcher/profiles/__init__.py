@@ -43,8 +43,6 @@ class Nodes(Spec):
     labels: dict[str, str]
     spot: dict[str, str] = {}
     """Labels of those among them that may be taken away; without any, this kind has no spot nodes."""
-    on_demand: dict[str, str] = {}
-    """Labels of those that may not, where they are labelled."""
 
 
 class Toleration(Spec):
@@ -70,7 +68,7 @@ class Profile(Spec):
     """Dense half-precision operations per second of one GPU, from its data sheet, in 10¹²."""
     bf16: bool = False
     """Whether its matrix units compute in bfloat16."""
-    cores: PositiveInt
+    cores: PositiveFloat
     """CPU cores that pods can have of one machine; where a profile has no GPU: those of one worker."""
     ram_gib: PositiveFloat
     """Main memory, likewise."""
@@ -81,7 +79,7 @@ class Profile(Spec):
     prices: tuple[Price, ...] = ()
     """The first one counts."""
     nodes: tuple[Nodes, ...] = ()
-    """A node has to fit one of these; none: any node will do."""
+    """A Kubernetes node has to fit one of these; none: any node will do."""
     tolerations: tuple[Toleration, ...] = ()
 
     @property

@@ -1,0 +1,1 @@
+"""Plan → what is sent to a cluster, as plain values: pure functions."""
