@@ -160,7 +160,8 @@ class Run:
             jobs.address,
             backend.submission(self.url, number),
             str(backend.token_file) if backend.token_file else None,
-            **backend.place,
+            backend.namespace,
+            backend.context,
         )
         if not self.store.create(_path(attempt), _dumped(attempt)):
             raise _busy(self.name, "started by another submit this very moment")
@@ -261,9 +262,11 @@ class Run:
 
     def _jobs(self, attempt: Attempt) -> Jobs:
         if attempt.backend == "kubernetes":
+            from launcher.backends.kubernetes import ANSWER_SECONDS as PATIENCE
             from launcher.backends.kubernetes import KubernetesJobs
+            from launcher.backends.kubernetes_api import Api
 
-            return KubernetesJobs(attempt.namespace or "", attempt.context, self)
+            return KubernetesJobs(attempt.namespace or "", Api(attempt.context, PATIENCE))
         token = None
         if attempt.token_file and os.access(attempt.token_file, os.R_OK):
             token = Path(attempt.token_file).read_text()

@@ -2,10 +2,10 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from trainer.spec.errors import UtaforgeError
 
@@ -71,14 +71,19 @@ class Backend(ABC):
     """The interpreter that has the trainer, where the run's program starts."""
     token_file: Path | None = None
     """Where the cluster's token lies, for those who may read it; None if it has none."""
-    place: Mapping[str, str | None] = {}
-    """What else finds the jobs again: fields of ``launcher.runs.Attempt``."""
+    namespace: str | None = None
+    context: str | None = None
+    """Where on Kubernetes, from ``start`` on."""
     outlives: bool = False
     """Whether a run that was accepted goes on without the launcher, and keeps its own log."""
 
     def check(self) -> Iterator[UtaforgeError]:
         """What stands in the way of a start, as far as it can be told beforehand; all of it."""
         yield from ()
+
+    def manifests(self, run_url: str, attempt: int) -> list[dict[str, Any]]:
+        """What attempt ``attempt`` of a run would send to a cluster; nothing where nothing is sent."""
+        return []
 
     def submission(self, run_url: str, attempt: int) -> str:
         """The name under which attempt ``attempt`` of a run is submitted."""

@@ -41,7 +41,7 @@ class Nodes(Spec):
     """How one kind of Kubernetes labels the nodes that have this hardware."""
 
     labels: dict[str, str]
-    spot: dict[str, str] = {}
+    spot: dict[str, str] = Field(default_factory=dict[str, str])
     """Labels of those among them that may be taken away; without any, this kind has no spot nodes."""
 
 

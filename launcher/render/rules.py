@@ -8,8 +8,8 @@ something nobody meant. Source: ``ray-operator/controllers/ray/utils/validation.
 import re
 import shlex
 from collections.abc import Iterator
-from typing import Any
 
+from . import inside
 from .rayjob import NAME_LENGTH, Manifest
 
 _DNS_1035 = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
@@ -43,7 +43,7 @@ def _entrypoint(entrypoint: str) -> Iterator[str]:
 
 def _ending(spec: Manifest) -> Iterator[str]:
     shutdown = spec.get("shutdownAfterJobFinishes", False)
-    rules = (spec.get("deletionStrategy") or {}).get("deletionRules")
+    rules = inside(spec, "deletionStrategy", "deletionRules")
     if spec.get("ttlSecondsAfterFinished", 0) > 0 and not shutdown:
         yield "spec.ttlSecondsAfterFinished: needs shutdownAfterJobFinishes"
     if spec.get("suspend") and not shutdown:
@@ -68,7 +68,7 @@ def _modes(spec: Manifest) -> Iterator[str]:
 
 
 def _cluster(cluster: Manifest) -> Iterator[str]:
-    if (cluster.get("authOptions") or {}).get("mode") == "token":
+    if inside(cluster, "authOptions", "mode") == "token":
         version = cluster.get("rayVersion") or "0"
         if tuple(map(int, version.split(".")[:2])) < _TOKEN_SINCE:
             yield f"spec.rayClusterSpec.authOptions: mode token needs rayVersion 2.52 or newer, not {version}"
@@ -81,7 +81,8 @@ def _cluster(cluster: Manifest) -> Iterator[str]:
 
 
 def _group(where: str, group: Manifest) -> Iterator[str]:
-    parameters: dict[str, Any] = group.get("rayStartParams") or {}
+    parameters: Manifest = inside(group, "rayStartParams") or {}
+    labels: Manifest = inside(group, "labels") or {}
     yield from (
         f"{where}.rayStartParams.{name}: has to be text, not {value!r}"
         for name, value in parameters.items()
@@ -91,7 +92,7 @@ def _group(where: str, group: Manifest) -> Iterator[str]:
         yield f"{where}.rayStartParams.labels: belongs into the group's labels"
     if group.get("resources") and _START_RESOURCES & parameters.keys():
         yield f"{where}.resources: exclude {', '.join(sorted(_START_RESOURCES & parameters.keys()))} in rayStartParams"
-    for name, value in (group.get("labels") or {}).items():
+    for name, value in labels.items():
         if not _LABEL_VALUE.fullmatch(value):
             yield f"{where}.labels.{name}: {value!r} cannot be the value of a label"
     if not group["template"]["spec"]["containers"]:

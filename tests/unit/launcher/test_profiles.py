@@ -47,7 +47,8 @@ def test_every_fault_of_a_profile_is_told_with_its_place(tmp_path: Path) -> None
     path = own(
         tmp_path / "profiles",
         "箱",
-        "cores: many\nram_gb: 16\ndisk_gib: 50\nprices: [{machine: 私の箱, usd_per_hour: -1, as_of: '2026', source: 私}]\n",
+        "cores: many\nram_gb: 16\ndisk_gib: 50\n"
+        "prices: [{machine: 私の箱, usd_per_hour: -1, as_of: '2026', source: 私}]\n",
     )
     path.rename(path.with_stem("box"))
     with pytest.raises(JobError) as caught:
