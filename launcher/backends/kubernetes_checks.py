@@ -138,11 +138,10 @@ class _Secrets:
             needed |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
         if job.store.startswith("s3://") and any(os.environ.get(name) for name in _ENDPOINTS):
             needed.add(_ENDPOINTS[-1])
-        if not needed:
+        found = [self.get(name) for name in cluster.secrets]
+        if None in found:
             return
-        keys: set[str] = set()
-        for name in cluster.secrets:
-            keys |= set(inside(self.get(name), "data") or ())
+        keys = {key for secret in found for key in inside(secret, "data") or ()}
         if keys & set(_ENDPOINTS):
             needed.discard(_ENDPOINTS[-1])
         if lacking := sorted(needed - keys):
