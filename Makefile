@@ -34,8 +34,8 @@ $(READY): requirements.lock pyproject.toml
 	@$(BIN)/python -m trainer.engine --warm
 	@touch $@
 
-submit: $(READY) ## run a job: make submit JOB=jobs/demo.yaml
-	@$(BIN)/utaforge submit $(JOB) --yes
+submit: $(READY) ## run a job: make submit JOB=jobs/demo.yaml (DRY_RUN=1: print what would be sent)
+	@$(BIN)/utaforge submit $(JOB) $(if $(DRY_RUN),--dry-run,--yes)
 
 plan: $(READY) ## what a job will take: make plan JOB=…
 	@$(BIN)/utaforge plan $(JOB)

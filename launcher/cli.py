@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from launcher.plan import Plan
     from launcher.runs import Run, Status
     from trainer.spec import Job
 
@@ -93,7 +94,7 @@ def plan(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from launcher.plan import plan as make_plan
     from trainer.spec import load_job
 
-    planned = make_plan(load_job(job_path, overrides))
+    planned = make_plan(load_job(job_path, overrides), Path(job_path).parent)
     if as_json:
         show.as_json(planned.as_json())
     else:
@@ -118,21 +119,25 @@ def prepare(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @_job_argument
 @click.option("--run", "run_name", metavar="NAME", help="Continue this run, or start one of this name.")
 @click.option("--yes", is_flag=True, help="Do not ask, even where it costs money.")
-def submit(job_path: str, overrides: tuple[str, ...], run_name: str | None, yes: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Print the plan and what would be sent, as YAML; send nothing.")
+def submit(job_path: str, overrides: tuple[str, ...], run_name: str | None, yes: bool, dry_run: bool) -> None:
     """Run a job: start the cluster, train, follow. The same job again continues where it was."""
     from launcher import show
     from launcher.plan import plan as make_plan
     from launcher.runs import create_or_resume
+    from launcher.submit import check
     from launcher.submit import submit as submit_run
     from trainer.spec import load_job
-    from trainer.store import open_store
 
     job = load_job(job_path, overrides)
-    planned = make_plan(job)
+    planned = make_plan(job, Path(job_path).parent)
+    if dry_run:
+        _show_manifests(job, planned, run_name or job.name)
+        return
     show.plan(planned)
-    open_store(job.store).check_writable()
     if planned.usd is not None and not yes:
         click.confirm(f"This costs at least {planned.usd:,.2f} USD. Go on?", abort=True)
+    check(job, planned)
     chosen = create_or_resume(job, planned.as_json(), run_name)
     click.echo(chosen.news)
     with show.following() as say:
@@ -382,6 +387,15 @@ def doctor(
     else:
         show.checks(found)
     raise click.exceptions.Exit(0 if all(check.ok for check in found) else 1)
+
+
+def _show_manifests(job: "Job", planned: "Plan", run_name: str) -> None:
+    from launcher import show
+    from launcher.backends import open_backend
+    from launcher.runs import runs_of
+
+    with open_backend(job, planned, {}) as backend:
+        show.manifests(planned, backend.manifests(runs_of(job.store).at(run_name).url, 1))
 
 
 def _load(job_path: str | None) -> "Job | None":

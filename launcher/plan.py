@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from launcher.memory import Load, Memory, Precision, Strategy, memory, most_positions
-from launcher.profiles import GIB, PROFILES, Profile, cores_here, ram_here
+from launcher.profiles import GIB, Profile, cores_here, find_profile, ram_here
 from trainer.spec import Job, JobError
 from trainer.spec.families import FAMILIES, dims_of, lora_parameters, matches
 from trainer.spec.job import BatchSeconds
@@ -25,7 +26,9 @@ class Plan:
         job: its name.
         family: for people.
         method: for people.
-        profile: hardware shape.
+        profile: name of the hardware shape.
+        machine: that shape, as it was when this was planned.
+        machines: how many of it.
         backend: where the cluster comes from.
         device: of each rank.
         ranks: processes that train, one device each.
@@ -50,6 +53,8 @@ class Plan:
     family: str
     method: str
     profile: str
+    machine: Profile
+    machines: int
     backend: str
     device: Literal["cpu", "cuda"]
     ranks: int
@@ -71,27 +76,35 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json`` and for ``plan.json``, which the trainer reads."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {**asdict(self), "machine": self.machine.model_dump(mode="json"), "memory": memory}
 
 
-def plan(job: Job) -> Plan:
+def plan(job: Job, beside: Path | None = None) -> Plan:
     """The plan of ``job``.
 
+    Args:
+        job: the job.
+        beside: folder of its file, where profiles of one's own may be.
+
     Raises:
-        JobError: it cannot fit, with what would make it fit.
+        JobError: there is no such profile, or the job does not fit it, with what would make it fit.
     """
-    profile = PROFILES[job.cluster.profile]
+    profile = find_profile(job.cluster.profile, beside)
     ranks = job.cluster.workers or profile.gpus or 1
-    device_bytes = profile.gpu_bytes or int(ram_here() / ranks)
+    machines = _machines(job, profile, ranks)
+    device_bytes = profile.gpu_bytes or _ram_of_rank(job, profile, ranks)
     strategy, load = _strategy(job, profile, ranks, device_bytes)
     batch_seconds, micro_seconds = _batch(job), load.positions / _frame_rate(job)
     hours, hours_basis = _hours(job, profile, load, batch_seconds)
-    usd, usd_basis = _usd(job, profile, ranks, hours)
+    usd, usd_basis = _usd(job, profile, machines, hours)
     return Plan(
         job=job.name,
         family=FAMILIES[job.model.family].title,
         method=_method(job),
         profile=profile.name,
+        machine=profile,
+        machines=machines,
         backend=job.cluster.backend,
         device="cuda" if profile.gpu else "cpu",
         ranks=ranks,
@@ -109,8 +122,24 @@ def plan(job: Job) -> Plan:
         hours_basis=hours_basis,
         usd=usd,
         usd_basis=usd_basis,
-        checks=tuple(_checks(job, profile, ranks, batch_seconds)),
+        checks=tuple(_checks(job, profile, load, machines, batch_seconds)),
     )
+
+
+def _machines(job: Job, profile: Profile, ranks: int) -> int:
+    if job.cluster.backend == "local":
+        return 1
+    machines = -(-ranks // max(profile.gpus, 1))
+    if ranks % machines:
+        raise JobError(
+            f"cluster.workers: {ranks} ranks do not spread evenly over {machines} machines of {profile.gpus} GPUs",
+            f"write a multiple of {machines}, or at most {profile.gpus}",
+        )
+    return machines
+
+
+def _ram_of_rank(job: Job, profile: Profile, ranks: int) -> int:
+    return ram_here() // ranks if job.cluster.backend == "local" else int(profile.ram_gib * GIB)
 
 
 def _strategy(job: Job, profile: Profile, ranks: int, device_bytes: int) -> tuple[Strategy, Load]:
@@ -174,8 +203,15 @@ def _too_large(job: Job, profile: Profile, ranks: int, strategy: Strategy, devic
 
 
 def _precision(job: Job, profile: Profile) -> Precision:
-    if job.train.precision != "auto":
-        return job.train.precision
+    wanted = job.train.precision
+    if wanted == "fp16" and profile.gpu is None:
+        raise JobError(
+            f"train.precision: fp16 needs a GPU, and profile {profile.name} has none", "write auto, fp32 or bf16"
+        )
+    if wanted == "bf16" and profile.gpu and not profile.bf16:
+        raise JobError(f"train.precision: a {profile.gpu} has no bf16", "write auto or fp16")
+    if wanted != "auto":
+        return wanted
     if profile.gpu is None:
         return "fp32"
     return "bf16" if profile.bf16 else "fp16"
@@ -213,17 +249,21 @@ def _hours(job: Job, profile: Profile, load: Load, batch_seconds: float) -> tupl
     )
 
 
-def _usd(job: Job, profile: Profile, ranks: int, hours: float | None) -> tuple[float | None, str]:
+def _usd(job: Job, profile: Profile, machines: int, hours: float | None) -> tuple[float | None, str]:
     if job.cluster.backend == "local":
         return None, "this machine"
-    if profile.usd_per_hour is None or hours is None:
+    if not profile.prices or hours is None:
         return None, "no price known"
-    machines = -(-ranks // max(profile.gpus, 1))
-    return hours * machines * profile.usd_per_hour, f"at least: {machines} × {profile.priced_as}, on demand, list price"
+    price, kind = profile.prices[0], "on demand"
+    usd = price.usd_per_hour
+    if getattr(job.cluster, "spot", False) and price.spot_usd_per_hour:
+        usd, kind = price.spot_usd_per_hour, "spot"
+    basis = f"at least: {machines} × {price.machine}, {usd:g} USD an hour {kind}, {price.source}, {price.as_of}"
+    return hours * machines * usd, basis
 
 
-def _checks(job: Job, profile: Profile, ranks: int, batch_seconds: float) -> Iterator[str]:
-    train = job.train
+def _checks(job: Job, profile: Profile, load: Load, machines: int, batch_seconds: float) -> Iterator[str]:
+    train, ranks = job.train, load.ranks
     if train.schedule.warmup > train.steps / 2:
         yield f"train.schedule.warmup: {train.schedule.warmup} of {train.steps} steps are warm-up"
     if batch_seconds < ranks * job.model.segment_seconds:
@@ -235,5 +275,10 @@ def _checks(job: Job, profile: Profile, ranks: int, batch_seconds: float) -> Ite
         yield f"checkpoint.every: {job.checkpoint.every} is more than {train.steps} steps; only the end is saved"
     if not job.validation.prompts:
         yield "validation.prompts: none, so no audio is rendered"
-    if profile.gpu is None and ranks > cores_here():
+    if job.cluster.backend == "local" and profile.gpu is None and ranks > cores_here():
         yield f"cluster.workers: {ranks} workers share {cores_here()} cores"
+    if job.cluster.backend == "kubernetes" and not job.tracking.mlflow:
+        yield "tracking.mlflow: none, so metrics go to the run directory only; utaforge sync brings them to MLflow here"
+    if machines > 1 and profile.interconnect_gbps:
+        seconds = 2 * 4 * 8 * load.trained / (profile.interconnect_gbps * 1e9)
+        yield f"network: the gradients of a step take at least {seconds:.2g} s between {machines} machines"

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -47,9 +47,12 @@ class Attempt:
         host: of the launcher.
         user: who.
         backend: name of it.
-        address: the cluster's dashboard.
+        address: the cluster's dashboard; on Kubernetes, its API server.
         submission: the program's name there.
         token_file: where the cluster's token lies on ``host``; the token itself is written nowhere else.
+        namespace: on Kubernetes.
+        context: of the kubeconfig, likewise; None for its current one.
+        stopped: on somebody's wish.
     """
 
     number: int
@@ -59,7 +62,10 @@ class Attempt:
     backend: str
     address: str
     submission: str
-    token_file: str | None
+    token_file: str | None = None
+    namespace: str | None = None
+    context: str | None = None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,12 +164,22 @@ class Run:
             getpass.getuser(),
             backend.name,
             jobs.address,
-            f"{self.name}-{number}",
+            backend.submission(self.url, number),
             str(backend.token_file) if backend.token_file else None,
+            backend.namespace,
+            backend.context,
         )
-        if not self.store.create(f"{_ATTEMPTS}/{number:04d}.json", json.dumps(asdict(attempt), indent=1).encode()):
+        if not self.store.create(_path(attempt), _dumped(attempt)):
             raise _busy(self.name, "started by another submit this very moment")
         return attempt
+
+    def mark_stopped(self, attempt: Attempt) -> None:
+        """Note that ``attempt`` was stopped on somebody's wish."""
+        self.store.put(_path(attempt), _dumped(replace(attempt, stopped=True)))
+
+    def was_stopped(self, attempt: Attempt) -> bool:
+        """Whether somebody, anywhere, has stopped ``attempt``."""
+        return bool(json.loads(self.store.get(_path(attempt))).get("stopped"))
 
     def refuse_if_running(self) -> None:
         """Raise ``Busy`` if a submission of this run is at work: never two at once."""
@@ -211,20 +227,21 @@ class Run:
             raise ClusterError(
                 f"run {self.name} runs on {attempt.host}", f"cancel it there: utaforge cancel {self.name}"
             )
-        jobs = _jobs(attempt)
+        jobs = self._jobs(attempt)
         jobs.stop(attempt.submission)
         deadline = time.monotonic() + STOP_SECONDS
         while (status := jobs.status(attempt.submission)) and not status.over:
             if time.monotonic() > deadline:
                 raise ClusterError(f"run {self.name} does not stop", "end its submit with Ctrl-C")
             time.sleep(0.2)
+        self.mark_stopped(attempt)
 
     def live_log(self) -> Iterator[str] | None:
         """Lines of the attempt at work, as they come, from its first; None if the run is not running within reach."""
         attempt = self.newest_attempt()
         if attempt is None or self.finished or not _reachable(attempt) or not self._is_alive(attempt):
             return None
-        return _jobs(attempt).follow(attempt.submission)
+        return self._jobs(attempt).follow(attempt.submission)
 
     def stored_logs(self) -> dict[str, str]:
         """Log files of the run directory, by name."""
@@ -234,26 +251,41 @@ class Run:
         }
 
     def _is_alive(self, attempt: Attempt) -> bool:
-        if self.finished:
+        if self.finished or attempt.stopped:
             return False
-        if not _reachable(attempt):
-            journal = next((entry for entry in self.store.list() if entry.path == _JOURNAL), None)
-            heard = max(attempt.time, journal.modified if journal else 0.0)
-            return time.time() - heard < _SILENT_SECONDS
-        try:
-            status = _jobs(attempt).status(attempt.submission)
-        except ClusterError:
-            return False
-        return status is None or not status.over
+        if _reachable(attempt):
+            try:
+                status = self._jobs(attempt).status(attempt.submission)
+            except ClusterError:
+                if attempt.backend == "local":
+                    return False
+            else:
+                if status:
+                    return not status.over
+        journal = next((entry for entry in self.store.list() if entry.path == _JOURNAL), None)
+        heard = max(attempt.time, journal.modified if journal else 0.0)
+        return time.time() - heard < _SILENT_SECONDS
+
+    def _jobs(self, attempt: Attempt) -> Jobs:
+        if attempt.backend == "kubernetes":
+            from launcher.backends.kubernetes import ANSWER_SECONDS as PATIENCE
+            from launcher.backends.kubernetes import KubernetesJobs
+            from launcher.backends.kubernetes_api import Api
+
+            return KubernetesJobs(attempt.namespace or "", Api(attempt.context, PATIENCE))
+        token = None
+        if attempt.token_file and os.access(attempt.token_file, os.R_OK):
+            token = Path(attempt.token_file).read_text()
+        return RayJobs(attempt.address, token, ANSWER_SECONDS)
 
     def failure(self, attempt: Attempt | None) -> dict[str, Any] | None:
-        """Why the newest attempt, ``attempt``, cannot go on, if its trainer has said so."""
+        """Why ``attempt`` cannot go on, if its trainer has said so."""
         failure = _json(self.store.get_or_none("failure.json"))
-        return failure if failure and attempt and float(failure["time"]) > attempt.time else None
+        return failure if failure and attempt and failure["attempt"] == attempt.number else None
 
 
 _SILENT_SECONDS = 120.0
-"""A run on another machine that has been silent for so long counts as ended."""
+"""A run that cannot be asked about and that has been silent for so long counts as ended."""
 
 
 @dataclass(frozen=True)
@@ -426,11 +458,12 @@ def _reachable(attempt: Attempt) -> bool:
     return attempt.backend != "local" or attempt.host == socket.gethostname()
 
 
-def _jobs(attempt: Attempt) -> RayJobs:
-    token = None
-    if attempt.token_file and os.access(attempt.token_file, os.R_OK):
-        token = Path(attempt.token_file).read_text()
-    return RayJobs(attempt.address, token, ANSWER_SECONDS)
+def _path(attempt: Attempt) -> str:
+    return f"{_ATTEMPTS}/{attempt.number:04d}.json"
+
+
+def _dumped(attempt: Attempt) -> bytes:
+    return json.dumps(asdict(attempt), indent=1).encode()
 
 
 def _status_or_none(run: Run) -> Status | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+import yaml
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -40,18 +41,32 @@ def as_json(value: Any) -> None:
 
 def plan(planned: Plan) -> None:
     """Print a plan."""
+    _rows(f"plan of {planned.job}", _plan_rows(planned))
+
+
+def manifests(planned: Plan, documents: Sequence[dict[str, Any]]) -> None:
+    """Print what would be sent, as YAML that ``kubectl apply`` takes; the plan stands above as a comment."""
+    lines = [f"plan of {planned.job}", *(f"  {name}: {value}" for name, value in _plan_rows(planned))]
+    sys.stdout.write("".join(f"# {line}\n" for line in lines))
+    for document in documents:
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+        sys.stdout.write(f"---\n{text}")
+
+
+def _plan_rows(planned: Plan) -> list[Row]:
     memory = planned.memory
     parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "activations", "overhead")}
     split = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     micro = f"{planned.ranks} ranks × about {planned.micro_batches} × {planned.micro_seconds:g} s"
     sizes = f"{_count(planned.trained + planned.frozen)} parameters, {_count(planned.trained)} trained"
-    rows = [
+    machines = f"{planned.machines} × {planned.profile}" if planned.machines > 1 else planned.profile
+    return [
         (
             "model",
             f"{planned.family}, {sizes}",
         ),
         ("method", planned.method),
-        ("cluster", f"{planned.backend}, {planned.profile}, {planned.ranks} ranks on {planned.device}"),
+        ("cluster", f"{planned.backend}, {machines}, {planned.ranks} ranks on {planned.device}"),
         ("how", f"{planned.strategy}, {planned.precision}"),
         ("batch", f"{planned.batch_seconds:g} s = {micro}"),
         ("steps", f"{planned.steps:,} ({_hours(planned.steps * planned.batch_seconds / 3600)} of audio)"),
@@ -68,7 +83,6 @@ def plan(planned: Plan) -> None:
         ),
         *(("note", check) for check in planned.checks),
     ]
-    _rows(f"plan of {planned.job}", rows)
 
 
 @contextmanager
@@ -202,6 +216,8 @@ def _mlflow(run: Run) -> str:
     uri = run.job.tracking.mlflow
     if uri and uri.startswith("http"):
         return uri
+    if run.job.cluster.backend != "local":
+        return f"after: utaforge sync {run.name}"
     return "http://127.0.0.1:5000 after: make ui"
 
 

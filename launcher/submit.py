@@ -3,9 +3,8 @@
 import logging
 import os
 import re
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from launcher.plan import Plan
 from launcher.profiles import cores_here
 from launcher.runs import Attempt, Chosen, Run
 from trainer.spec import ClusterError, DataError, Job, StoreError, TrainingError, UtaforgeError
+from trainer.store import open_store
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130
@@ -64,8 +64,23 @@ def environment(ranks: int) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
+def check(job: Job, planned: Plan) -> None:
+    """Look for everything that stands in the way of ``job``, before anything is written or started.
+
+    Raises:
+        UtaforgeError: the one thing found, or a list of them, each with its cure.
+    """
+    with open_backend(job, planned, {}) as backend:
+        found = [*_refusing(job.store), *backend.check()]
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        listed = "\n".join(f"{number}. {error}".replace("\n", "\n   ") for number, error in enumerate(found, 1))
+        raise ClusterError(f"{len(found)} things stand in the way of {job.name}:\n{listed}")
+
+
 def submit(job: Job, planned: Plan, chosen: Chosen, say: Say) -> Outcome:
-    """Run the chosen run on its cluster until it is over; blocks, and leaves nothing running.
+    """Run the chosen run on its cluster and follow it until it is over.
 
     Args:
         job: the job.
@@ -75,7 +90,8 @@ def submit(job: Job, planned: Plan, chosen: Chosen, say: Say) -> Outcome:
 
     Raises:
         UtaforgeError: what ended the run, with its own exit code.
-        Interrupted: Ctrl-C here, or ``utaforge cancel``.
+        Interrupted: Ctrl-C here, or ``utaforge cancel``. A local run has ended then; on a cluster that outlives this
+            process, Ctrl-C leaves it at work once it was accepted, and leaves nothing before.
     """
     started, run = time.monotonic(), chosen.run
     with open_backend(job, planned, environment(planned.ranks)) as backend:
@@ -90,7 +106,8 @@ def submit(job: Job, planned: Plan, chosen: Chosen, say: Say) -> Outcome:
 def see_through(run: Run, backend: Backend, jobs: Jobs, say: Say) -> None:
     """Make one attempt at ``run`` on a cluster that is up; returns when the run has its result, else raises why not."""
     attempt = run.begin_attempt(backend, jobs)
-    _judge(run, attempt, _follow(run, jobs, attempt, say))
+    _hand_over(run, backend, jobs, attempt, say)
+    _judge(run, attempt, _follow(run, backend, jobs, attempt, say))
 
 
 class Reader:
@@ -113,18 +130,40 @@ class Reader:
         return None if hidden else plain
 
 
-def _follow(run: Run, jobs: Jobs, attempt: Attempt, say: Say) -> JobStatus | None:
+def _refusing(store_url: str) -> Iterator[UtaforgeError]:
+    try:
+        open_store(store_url).check_writable()
+    except StoreError as error:
+        yield error
+
+
+def _hand_over(run: Run, backend: Backend, jobs: Jobs, attempt: Attempt, say: Say) -> None:
+    try:
+        jobs.submit(attempt.submission, [backend.python, "-m", "trainer.driver", run.url])
+        if backend.outlives:
+            say(f"{backend.name} has it as {attempt.submission}; it goes on when this is closed")
+    except (KeyboardInterrupt, UtaforgeError) as ended:
+        _stop(jobs, attempt)
+        run.mark_stopped(attempt)
+        if isinstance(ended, UtaforgeError):
+            raise
+        raise _interrupted(run) from None
+
+
+def _follow(run: Run, backend: Backend, jobs: Jobs, attempt: Attempt, say: Say) -> JobStatus | None:
     told: list[str] = []
     try:
-        jobs.submit(attempt.submission, [sys.executable, "-m", "trainer.driver", run.url])
         _tell(jobs.follow(attempt.submission), told, say)
         return _last_status(jobs, attempt)
     except KeyboardInterrupt:
+        if backend.outlives:
+            raise _left(run) from None
         say("stopping the run")
         _stop(jobs, attempt)
         raise _interrupted(run) from None
     finally:
-        _store_log(run, told)
+        if not backend.outlives:
+            _store_log(run, told)
 
 
 def _last_status(jobs: Jobs, attempt: Attempt) -> JobStatus | None:
@@ -168,7 +207,7 @@ def _store_log(run: Run, told: list[str]) -> None:
 
 def _judge(run: Run, attempt: Attempt, status: JobStatus | None) -> None:
     """Raise what ended the run, unless it has its result. The status decides; the run directory says why."""
-    if status and status.state == "stopped":
+    if (status and status.state == "stopped") or (status is None and run.was_stopped(attempt)):
         raise _interrupted(run)
     if status and status.state == "succeeded":
         if not run.finished:
@@ -184,6 +223,13 @@ def _judge(run: Run, attempt: Attempt, status: JobStatus | None) -> None:
     raise ClusterError(
         f"run {run.name} failed: {reason}",
         f"see utaforge logs {run.name}; submitting again continues at step {run.newest_commit()}",
+    )
+
+
+def _left(run: Run) -> Interrupted:
+    return Interrupted(
+        f"run {run.name} goes on without you",
+        f"follow it: utaforge logs -f {run.name}; end it: utaforge cancel {run.name}",
     )
 
 

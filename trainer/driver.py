@@ -3,17 +3,29 @@
 ``python -m trainer.driver RUN_URL`` is what the launcher submits to Ray's Jobs API; its exit status is the run's.
 A rank that dies for reasons outside the run (killed, its node gone, a collective cut off) is started again from the
 newest commit; a rank that says why it cannot go on (``failure.json``) ends the run at once.
+
+KubeRay starts this program again on a new cluster when a cluster was lost. What the attempt has reported then ends the
+run as it did before.
 """
 
+import io
+import json
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from trainer import gate
 from trainer.checkpoint import Checkpoints
-from trainer.rundir import FAILURE, RunDirectory
-from trainer.spec.errors import ClusterError, UtaforgeError
+from trainer.mirror import Mirror
+from trainer.rundir import RunDirectory, unexpected
+from trainer.spec.errors import ClusterError, StoreError, UtaforgeError
+from trainer.spec.run import DRIVER_LOG, attempt_begins
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -23,23 +35,38 @@ FRUITLESS_ATTEMPTS = 3
 """Restarts in a row without a new commit before the run is given up."""
 GROUP_START_SECONDS = "600"
 """How long Ray Train waits for all ranks' processes: images are pulled and GPU nodes come up meanwhile."""
+STOP_SECONDS = 60.0
+"""How long Ray may take to end this process once asked."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job whose run directory is named by the argument; returns the exit status."""
     (run_url,) = argv if argv is not None else sys.argv[1:]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     run = RunDirectory(run_url)
+    with _log_kept(run) if _under_kuberay() else nullcontext():
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        status = _run(run)
+    if status and _under_kuberay():
+        _stop_for_good()
+    return status
+
+
+def _run(run: RunDirectory) -> int:
     try:
-        run.store.delete([FAILURE])
-        _prepare(run)
-        fit(run)
+        run.raise_reported_failure()
+        if not run.finished:
+            _prepare(run)
+            fit(run)
         if run.store.exists(gate.RETRAIN):
             gate.settle(run)
             gate.mirror(run)
     except UtaforgeError as error:
         run.report_failure(error)
         return error.exit_code
+    except Exception as error:  # noqa: BLE001  (nothing that Python can tell of is cured by another cluster)
+        told = unexpected(error)
+        run.report_failure(told)
+        return told.exit_code
     return 0
 
 
@@ -72,11 +99,18 @@ def fit(run: RunDirectory) -> None:
 
 def _prepare(run: RunDirectory) -> None:
     """Make the shards that are not there yet; a run that is continued has its datasets already."""
-    if run.job.data.prepare is None or run.has_pinned_data:
+    prepare = run.job.data.prepare
+    if prepare is None or run.has_pinned_data:
         return
-    from trainer.data.prepare import prepare, progress_lines
+    from trainer.data.dataset import newest
+    from trainer.data.prepare import prepare as make_shards
+    from trainer.data.prepare import progress_lines
 
-    prepare(run.job, progress_lines())
+    path = getattr(prepare.source, "path", None)
+    if path and not Path(path).exists() and newest(run.job.data.train[0].dataset):
+        log.info("the songs at %s are not here; their dataset is, so it is trained on as it is", path)
+        return
+    make_shards(run.job, progress_lines())
 
 
 def _trainer(run: RunDirectory) -> "TorchTrainer":
@@ -117,6 +151,55 @@ def _ray_storage(run: RunDirectory) -> dict[str, Any]:
 
     scheme, _, path = run.url.partition("://")
     return {"storage_path": f"{path}/ray", "storage_filesystem": PyFileSystem(FSSpecHandler(fsspec.filesystem(scheme)))}
+
+
+def _under_kuberay() -> bool:
+    return "KUBERAY_GEN_RAY_START_CMD" in os.environ
+
+
+def _stop_for_good() -> None:
+    """End as stopped, not as failed: KubeRay would try what has failed again, on a new cluster."""
+    from ray.job_submission import JobSubmissionClient
+
+    told = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])
+    JobSubmissionClient("http://127.0.0.1:8265").stop_job(told["metadata"]["job_submission_id"])
+    time.sleep(STOP_SECONDS)
+
+
+@contextmanager
+def _log_kept(run: RunDirectory) -> Iterator[None]:
+    """Copies what this program prints to ``logs/driver.log`` of the run, where it outlives the cluster."""
+    screen, errors = sys.stdout, sys.stderr
+    with tempfile.TemporaryDirectory(prefix="utaforge-driver-") as folder:
+        path = Path(folder, "driver.log")
+        path.write_bytes(run.store.get_or_none(DRIVER_LOG) or b"")
+        mirror = Mirror(run.store, DRIVER_LOG, path)
+        with path.open("a", encoding="utf-8", buffering=1) as file:
+            sys.stdout, sys.stderr = _Both(screen, file), _Both(errors, file)
+            print(attempt_begins(run.attempt))  # noqa: T201
+            try:
+                yield
+            finally:
+                sys.stdout, sys.stderr = screen, errors
+        with suppress(StoreError):
+            mirror.close()
+
+
+class _Both(io.TextIOBase):
+    """Writes to a stream and to a file."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self._stream, self._file = stream, file
+
+    def write(self, text: str) -> int:
+        self._file.write(text)
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 if __name__ == "__main__":

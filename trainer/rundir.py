@@ -3,8 +3,10 @@
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any
 
 from trainer.spec import Job, job_from_json
@@ -34,6 +36,17 @@ class RunDirectory:
     def plan(self) -> dict[str, Any]:
         """The plan: ranks, device, strategy, precision, micro-batch."""
         return json.loads(self.store.get("plan.json"))
+
+    @cached_property
+    def attempt(self) -> int:
+        """Number of the newest submission, which this process belongs to; 0 where nobody submitted it."""
+        numbers = [int(PurePosixPath(entry.path).stem) for entry in self.store.list("attempts")]
+        return max(numbers, default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its result."""
+        return self.store.exists(RESULT)
 
     @property
     def has_pinned_data(self) -> bool:
@@ -65,23 +78,36 @@ class RunDirectory:
 
     def report_failure(self, error: UtaforgeError) -> None:
         """Leave word of why the run cannot go on, for whoever asks later; never raises."""
-        told = {
-            "time": time.time(),
-            "problem": error.problem,
-            "cure": error.cure,
-            "exit_code": error.exit_code,
-        }
         try:
+            told = {
+                "time": time.time(),
+                "attempt": self.attempt,
+                "problem": error.problem,
+                "cure": error.cure,
+                "exit_code": error.exit_code,
+            }
             self.store.put(FAILURE, json.dumps(told, ensure_ascii=False, indent=1).encode())
         except StoreError as unreachable:
             log.error("the failure could not be written to the run directory: %s", unreachable)
 
     def raise_reported_failure(self) -> None:
-        """Raise what a rank has reported, if one has."""
+        """Raise what this attempt has reported, if it has; what an earlier one reported is forgotten."""
         told = self.store.get_or_none(FAILURE)
         if told is None:
             return
         failure = json.loads(told)
+        if failure["attempt"] != self.attempt:
+            self.store.delete([FAILURE])
+            return
         error = TrainingError(failure["problem"], failure["cure"])
         error.exit_code = failure["exit_code"]
         raise error
+
+
+def unexpected(error: Exception) -> TrainingError:
+    """An error that nobody foresaw, as people are told of it; its traceback is logged."""
+    log.error("%s", "".join(traceback.format_exception(error)))
+    return TrainingError(
+        f"the trainer met an error of its own: {type(error).__name__}: {error}",
+        "the whole story is in logs/ of the run directory; please report it",
+    )

@@ -11,7 +11,6 @@ import secrets
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -31,9 +30,9 @@ from trainer.engine import Engine, TrainingState, load_sharded, load_state, save
 from trainer.families import Family, open_family
 from trainer.loop import train
 from trainer.mirror import Mirror
-from trainer.rundir import RunDirectory
+from trainer.rundir import RunDirectory, unexpected
 from trainer.spec.data import HeldOut
-from trainer.spec.errors import TrainingError, UtaforgeError
+from trainer.spec.errors import UtaforgeError
 from trainer.spec.families import FAMILIES
 from trainer.spec.model import Lora
 from trainer.tracking import End, Follower, Journal, SystemMetrics
@@ -92,14 +91,16 @@ class _Rank:
             return
         self.system = SystemMetrics()
         self.journal = Journal(self.run.store, self.scratch / "metrics.jsonl", self.engine.steps)
-        follower = Follower(self.run.url, self.journal.path)
+        lost = self.job.cluster.backend == "kubernetes" and not self.job.tracking.mlflow  # MLflow's file, with its pod
+        follower = None if lost else Follower(self.run.url, self.journal.path)
         end: End = "FAILED"
         try:
             yield
             end = "FINISHED"
         finally:
             self.journal.close(self.engine.steps, end)
-            follower.close()
+            if follower:
+                follower.close()
 
     def train(self) -> None:
         """Run the loop, then leave the result."""
@@ -283,19 +284,11 @@ def _telling_failures(run: RunDirectory) -> Iterator[None]:
     except RuntimeError as error:
         if _CUT_OFF.search(str(error)):
             raise
-        run.report_failure(_unexpected(error))
+        run.report_failure(unexpected(error))
         raise
     except Exception as error:
-        run.report_failure(_unexpected(error))
+        run.report_failure(unexpected(error))
         raise
-
-
-def _unexpected(error: Exception) -> TrainingError:
-    log.error("%s", "".join(traceback.format_exception(error)))
-    return TrainingError(
-        f"the trainer met an error of its own: {type(error).__name__}: {error}",
-        "the whole story is in logs/ of the run directory; please report it",
-    )
 
 
 @contextmanager

@@ -19,9 +19,11 @@ def open_backend(job: Job, plan: Plan, environment: Mapping[str, str]) -> Backen
         from launcher.backends.local import LocalBackend
 
         return LocalBackend(plan.ranks, plan.ranks if plan.device == "cuda" else 0, environment)
-    raise ClusterError(
-        f"cluster.backend: {job.cluster.backend} is not available yet", "write cluster: {backend: local} for now"
-    )
+    if job.cluster.backend == "kubernetes":
+        from launcher.backends.kubernetes import KubernetesBackend
+
+        return KubernetesBackend(job, plan)
+    raise ClusterError(f"cluster.backend: {job.cluster.backend} is not available yet", "write local or kubernetes")
 
 
 __all__ = ["Backend", "Jobs", "open_backend"]

@@ -1,10 +1,13 @@
 """What a backend is: it brings up a Ray cluster, hands out its jobs, and takes down what it brought up."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
+
+from trainer.spec.errors import UtaforgeError
 
 State = Literal["pending", "running", "succeeded", "failed", "stopped"]
 Say = Callable[[str], None]
@@ -64,8 +67,27 @@ class Backend(ABC):
     """A source of one Ray cluster; a context manager that closes it."""
 
     name: str
+    python: str = sys.executable
+    """The interpreter that has the trainer, where the run's program starts."""
     token_file: Path | None = None
     """Where the cluster's token lies, for those who may read it; None if it has none."""
+    namespace: str | None = None
+    context: str | None = None
+    """Where on Kubernetes, from ``start`` on."""
+    outlives: bool = False
+    """Whether a run that was accepted goes on without the launcher, and keeps its own log."""
+
+    def check(self) -> Iterator[UtaforgeError]:
+        """What stands in the way of a start, as far as it can be told beforehand; all of it."""
+        yield from ()
+
+    def manifests(self, run_url: str, attempt: int) -> list[dict[str, Any]]:
+        """What attempt ``attempt`` of a run would send to a cluster; nothing where nothing is sent."""
+        return []
+
+    def submission(self, run_url: str, attempt: int) -> str:
+        """The name under which attempt ``attempt`` of a run is submitted."""
+        return f"{run_url.rsplit('/', 1)[-1]}-{attempt}"
 
     @abstractmethod
     def start(self, say: Say) -> Jobs:

@@ -82,5 +82,5 @@ def _judging(job: Job) -> Iterator[Unavailable]:
 
 
 def _cluster(job: Job) -> Iterator[Unavailable]:
-    if job.cluster.backend != "local":
-        yield ("cluster", "backend"), _yet(f"backend {job.cluster.backend}", "write local")
+    if job.cluster.backend not in ("local", "kubernetes"):
+        yield ("cluster", "backend"), _yet(f"backend {job.cluster.backend}", "write local or kubernetes")

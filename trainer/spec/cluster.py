@@ -8,8 +8,15 @@ from pydantic import AfterValidator, Field
 
 from .base import PositiveFloat, PositiveInt, Spec, no_password
 
-ProfileName = Literal["cpu", "t4x4", "a100", "a100-40", "rtx4090"]
-"""A hardware shape; what each is made of stands in ``launcher/profiles.py``."""
+
+def _profile(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
+        raise ValueError(f"{value!r} is not a profile; write a name like t4x4, not a file")
+    return value
+
+
+ProfileName = Annotated[str, AfterValidator(_profile)]
+"""A hardware shape; ``launcher/profiles`` has the built-in ones and says where others are looked for."""
 
 
 def _dashboard(value: str) -> str:
@@ -22,6 +29,21 @@ def _namespace(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
         raise ValueError(f"{value!r} is not a Kubernetes namespace; use a-z, 0-9 and '-', at most 63 characters")
     return value
+
+
+def _object(value: str) -> str:
+    if len(value) > 253 or not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
+        raise ValueError(f"{value!r} cannot be the name of a Kubernetes object; use a-z, 0-9, '-' and '.'")
+    return value
+
+
+def _image(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?", value):
+        raise ValueError(f"{value!r} is not an image; write it like ghcr.io/you/utaforge:1.0")
+    return value
+
+
+ObjectName = Annotated[str, AfterValidator(_object)]
 
 
 def _cron(value: str) -> str:
@@ -51,16 +73,37 @@ class Local(Spec):
     workers: PositiveInt = 2
 
 
+class Queue(Spec):
+    """Who decides when a RayJob may start, where the cluster has a queueing system."""
+
+    kind: Literal["kueue", "volcano"]
+    name: ObjectName
+    """Kueue's LocalQueue or Volcano's Queue."""
+
+
 class Kubernetes(Spec):
     """A RayJob through KubeRay."""
 
     backend: Literal["kubernetes"]
     profile: ProfileName
     workers: PositiveInt | None = None
-    """GPUs in all; by default as many as the profile has."""
+    """GPUs in all, by default as many as the profile has; pods where it has none."""
     spot: bool = False
+    context: str | None = None
+    """Of the kubeconfig; by default its current one, or the cluster that the launcher runs in."""
     namespace: Annotated[str, AfterValidator(_namespace)] = "utaforge"
-    image: str | None = None
+    image: Annotated[str, AfterValidator(_image)] | None = None
+    """The trainer's, as ``make image`` builds it."""
+    code: str | None = None
+    """A checkout whose ``trainer`` runs instead of the image's; for development."""
+    service_account: ObjectName = "utaforge-trainer"
+    secrets: tuple[ObjectName, ...] = ()
+    """Secrets whose keys become variables of the pods: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, …"""
+    pull_secrets: tuple[ObjectName, ...] = ()
+    """For the image's registry."""
+    queue: Queue | None = None
+    attempts: PositiveInt = 3
+    """Clusters in all: a new one replaces one that lost its head, never one that failed by the job's own fault."""
 
 
 class Cloud(Spec):

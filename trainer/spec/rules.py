@@ -29,14 +29,6 @@ def find_impossible(job: "Job", unknown: Collection[FieldPath] = ()) -> list[Fau
     return [fault for fields, rule in _RULES if known(fields) for fault in rule(job)]
 
 
-def _precision(job: "Job") -> Iterator[Fault]:
-    path, precision, profile = ("train", "precision"), job.train.precision, job.cluster.profile
-    if precision == "fp16" and profile == "cpu":
-        yield Fault(path, "fp16 needs a GPU, and profile cpu has none; write auto, fp32 or bf16")
-    if precision == "bf16" and profile == "t4x4":
-        yield Fault(path, "a T4 has no bf16; write auto or fp16")
-
-
 def _warmup(job: "Job") -> Iterator[Fault]:
     warmup, steps = job.train.schedule.warmup, job.train.steps
     if warmup > steps:
@@ -191,7 +183,6 @@ def _or(names: Collection[str], word: str = "or") -> str:
 
 
 _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
-    (("train.precision", "cluster"), _precision),
     (("train.schedule.warmup", "train.steps"), _warmup),
     (("train.batch",), _micro_batch),
     (("model.base_precision", "method"), _base_precision),

@@ -6,16 +6,16 @@ import pytest
 
 from launcher.memory import Load, activations, memory, most_positions
 from launcher.plan import plan
-from launcher.profiles import GIB, PROFILES
+from launcher.profiles import GIB, find_profile
 from trainer.spec import Job, JobError
-from trainer.spec.cluster import Local, ProfileName
+from trainer.spec.cluster import Kubernetes, Local
 from trainer.spec.families import FAMILIES
 from trainer.spec.model import MusicGen
 
 Jobs = Callable[..., Job]
 
 
-def on(job: Job, profile: ProfileName, workers: int, **changes: object) -> Job:
+def on(job: Job, profile: str, workers: int, **changes: object) -> Job:
     """The same job with MusicGen-large on another profile, of which this machine has none."""
     model = MusicGen(family="musicgen", pretrained="s3://models/musicgen-large")
     train = job.train.model_copy(update=changes)
@@ -26,12 +26,6 @@ def load(**changes: object) -> Load:
     dims = FAMILIES["musicgen"].dims
     whole = Load(dims, dims.parameters, 0, 0, "bf16", "ddp", 4, 1500, checkpointing=False, gpu=True)
     return replace(whole, **changes)  # type: ignore[arg-type]
-
-
-def test_every_profile_that_a_job_may_name_exists_and_no_other() -> None:
-    from typing import get_args
-
-    assert set(PROFILES) == set(get_args(ProfileName))
 
 
 def test_full_fine_tuning_takes_sixteen_bytes_a_parameter_and_zero3_spreads_them_all() -> None:
@@ -74,7 +68,7 @@ def test_the_demo_plans_on_this_machine(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize(("profile", "precision"), [("t4x4", "fp16"), ("a100", "bf16"), ("rtx4090", "bf16")])
-def test_precision_follows_the_profile(job: Jobs, profile: ProfileName, precision: str) -> None:
+def test_precision_follows_the_profile(job: Jobs, profile: str, precision: str) -> None:
     assert plan(on(job(), profile, 1, gradient_checkpointing=True)).precision == precision
 
 
@@ -117,3 +111,34 @@ def test_odd_but_allowed_settings_are_noted(job: Jobs) -> None:
 def test_a_plan_is_json_with_what_the_trainer_reads(job: Jobs) -> None:
     told = json.loads(json.dumps(plan(job()).as_json()))
     assert {"device", "ranks", "strategy", "precision", "micro_seconds"} <= set(told)
+
+
+@pytest.mark.parametrize(
+    ("profile", "precision", "said"),
+    [("cpu", "fp16", "fp16 needs a GPU, and profile cpu has none"), ("t4x4", "bf16", "a T4 has no bf16")],
+)
+def test_a_precision_that_the_profile_does_not_have_is_refused(
+    job: Jobs, profile: str, precision: str, said: str
+) -> None:
+    with pytest.raises(JobError, match=f"train.precision: {said}"):
+        plan(on(job(), profile, 1, precision=precision))
+
+
+def kubernetes(job: Job, profile: str, workers: int | None, **changes: object) -> Job:
+    cluster = Kubernetes(backend="kubernetes", profile=profile, workers=workers, spot=True)
+    return on(job, "t4x4", 1, **changes).model_copy(update={"cluster": cluster})
+
+
+def test_ranks_spread_evenly_over_machines_that_all_cost_money(job: Jobs) -> None:
+    planned = plan(kubernetes(job(), "t4x4", 8, gradient_checkpointing=True))
+    assert (planned.machines, planned.ranks) == (2, 8)
+    assert planned.usd == pytest.approx(planned.hours * 2 * 3.912)
+    assert planned.usd_basis.endswith("on demand, list price, from memory, 2025")
+    assert planned.as_json()["machine"] == find_profile("t4x4").model_dump(mode="json")
+    with pytest.raises(JobError, match="5 ranks do not spread evenly over 2 machines of 4 GPUs"):
+        plan(kubernetes(job(), "t4x4", 5))
+
+
+def test_a_worker_without_a_gpu_has_the_profiles_memory_not_this_machines(job: Jobs) -> None:
+    on_pods = job().model_copy(update={"cluster": Kubernetes(backend="kubernetes", profile="cpu", workers=2)})
+    assert (plan(on_pods).machines, plan(on_pods).device_bytes) == (2, 4 * GIB)

@@ -118,7 +118,7 @@ def test_a_failure_counts_until_the_next_attempt(job: Jobs) -> None:
     put(
         run,
         "failure.json",
-        {"time": 1001.0, "step": 3, "problem": "the loss is NaN 歌", "cure": "lower the rate", "exit_code": 6},
+        {"time": 1001.0, "attempt": 1, "problem": "the loss is NaN 歌", "cure": "lower the rate", "exit_code": 6},
     )
     status = run.status()
     assert (status.state, status.problem, status.cure) == ("failed", "the loss is NaN 歌", "lower the rate")
