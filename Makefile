@@ -52,7 +52,7 @@ doctor: $(READY) ## what is missing on this machine, and the cure
 ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT))).close()' 2>/dev/null || \
 		{ echo "port $(PORT) is in use; choose another: make ui PORT=5001"; exit 1; }
-	@$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(UTAFORGE_HOME)/mlflow.db \
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(UTAFORGE_HOME)/mlflow.db \
 		--artifacts-destination $(UTAFORGE_HOME)/mlartifacts
 
 test: $(READY) ## all tests
