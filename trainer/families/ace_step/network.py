@@ -157,6 +157,7 @@ class AceStepNetwork(nn.Module):
         self.final_layer = _FinalLayer(config)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not any(f".{unused}." in name for unused in UNUSED))
+        self.speaker_embedder.weight.requires_grad_(False)  # upstream's release knows zeros for a speaker, no other
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the blocks' activations in the backward pass."""

@@ -53,6 +53,7 @@ class HeartMuLaNetwork(nn.Module):
         self.codebook0_head = nn.Linear(width, ids, bias=False)
         self.audio_head = nn.Parameter(torch.randn(books - 1, inner, ids) / inner**0.5)
         self.muq_linear = nn.Linear(config.muq_dim, width)
+        self.muq_linear.weight.requires_grad_(False)  # there is no reference audio: it only ever sees zeros
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the layers' activations in the backward pass."""
