@@ -83,8 +83,8 @@ def test_the_store_has_its_buckets_and_wants_the_keys_of_env(services: Services)
         "s3",
         endpoint_url=f"http://127.0.0.1:{services.s3_port}",
         region_name="us-east-1",
-        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+        aws_access_key_id=keys["S3_ACCESS_KEY"],
+        aws_secret_access_key=keys["S3_SECRET_KEY"],
     )
     assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["mlflow", "music"]
     s3.put_object(Bucket="music", Key="歌.txt", Body="さくら".encode())
