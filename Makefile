@@ -105,8 +105,9 @@ down: ## end what `make up` started; its data stay
 	@$(COMPOSE) down
 
 docker/.env:
-	@umask 077; for name in POSTGRES_PASSWORD AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do \
+	@umask 077; for name in DATABASE_PASSWORD S3_ACCESS_KEY S3_SECRET_KEY; do \
 		echo "$$name=$$($(PYTHON) -c 'import secrets; print(secrets.token_hex(16))')"; done > $@
+	@printf 'MLFLOW_ENABLE_PROXY_MULTIPART_%s=false\n' UPLOAD DOWNLOAD >> $@
 
 bench: $(READY) ## measure, and write tests/bench/results
 	@$(BIN)/python -m tests.bench

@@ -40,7 +40,7 @@ class Services:
     def make(self, target: str) -> None:
         self.run("make", "--directory", self.folder, target)
 
-    def keys(self) -> dict[str, str]:
+    def variables(self) -> dict[str, str]:
         return dict(line.split("=", 1) for line in (self.folder / "docker/.env").read_text().split())
 
     def run(self, *command: str | Path) -> str:
@@ -65,6 +65,8 @@ def services(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def test_runs_and_their_artifacts_outlive_the_services(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", services.mlflow)
+    for name, value in services.variables().items():
+        monkeypatch.setenv(name, value)
     mlflow.set_experiment("さくら")
     with mlflow.start_run() as run:
         mlflow.log_metric("loss", 0.5)
@@ -76,13 +78,13 @@ def test_runs_and_their_artifacts_outlive_the_services(services: Services, monke
 
 
 def test_the_store_has_its_buckets_and_wants_the_keys_of_env(services: Services) -> None:
-    keys = services.keys()
+    keys = services.variables()
     s3 = boto3.client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{services.s3_port}",
         region_name="us-east-1",
-        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+        aws_access_key_id=keys["S3_ACCESS_KEY"],
+        aws_secret_access_key=keys["S3_SECRET_KEY"],
     )
     assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["mlflow", "music"]
     s3.put_object(Bucket="music", Key="歌.txt", Body="さくら".encode())
