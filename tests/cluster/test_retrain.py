@@ -91,7 +91,7 @@ def story(utaforge: Utaforge) -> Story:
     at_work.until(lambda: (store / "runs" / "sakura-2" / "retrain.json").exists())
     story.retrain("a second at the same time", *MORE_SONGS)
     story.told("new songs", at_work.end())
-    story.retrain("worse", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=3")
+    story.retrain("worse", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=30")
     story.retrain("failed", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=1.0e+30")
     story.told("an older one by hand", utaforge("promote", "sakura", "--job", str(job)))
     lock = utaforge.home / "mlflow.db.lock"
