@@ -154,9 +154,10 @@ class Run:
         """Claim this run for a submission to ``jobs``, which is to be made under ``Attempt.submission``.
 
         Raises:
-            Busy: somebody else claimed it at the same moment.
+            Busy: somebody else has claimed it, perhaps at the same moment.
         """
-        number = self.attempts() + 1
+        newest = self.refuse_if_running()
+        number = newest.number + 1 if newest else 1
         attempt = Attempt(
             number,
             time.time(),
@@ -181,11 +182,12 @@ class Run:
         """Whether somebody, anywhere, has stopped ``attempt``."""
         return bool(json.loads(self.store.get(_path(attempt))).get("stopped"))
 
-    def refuse_if_running(self) -> None:
-        """Raise ``Busy`` if a submission of this run is at work: never two at once."""
+    def refuse_if_running(self) -> Attempt | None:
+        """The newest attempt, which has ended; raises ``Busy`` if it is at work: never two at once."""
         attempt = self.newest_attempt()
         if attempt and self._is_alive(attempt):
             raise _busy(self.name, f"on {attempt.host} since {_clock(attempt.time)} (attempt {attempt.number})")
+        return attempt
 
     def status(self) -> Status:
         """How it stands, from what is stored and what its cluster says."""
