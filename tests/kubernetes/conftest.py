@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kubernetes.cluster.access import RAY_CRD, Cluster, of_people
+from tests.kubernetes.cluster.access import RAY_CRD, Cluster
 from tests.kubernetes.cluster.control import environment, up
 from tests.kubernetes.cluster.install import obstacles
 from tests.kubernetes.cluster.layout import Layout
@@ -14,14 +14,15 @@ from tests.kubernetes.cluster.layout import Layout
 
 @pytest.fixture(scope="session")
 def cluster() -> Cluster:
-    if found := of_people():
+    layout = Layout.of_environment()
+    if os.environ.get("KUBECONFIG", str(layout.kubeconfig)) != str(layout.kubeconfig):
+        found = Cluster(os.environ, own=False)
         if RAY_CRD not in found.kubectl("get", "crd", "-o", "name"):
             pytest.skip("the cluster of KUBECONFIG has no KubeRay")
         return found
     if reasons := obstacles():
         because = f"no cluster can be brought up here: {'; '.join(reasons)}"
         pytest.fail(because) if os.environ.get("CI") else pytest.skip(because)
-    layout = Layout.of_environment()
     up(layout, print)
     return Cluster(os.environ | environment(layout), own=True)
 

@@ -128,6 +128,41 @@ def test_an_image_that_nobody_has_is_a_real_pull_error(cluster: Cluster, namespa
     assert seen
 
 
+def test_a_built_image_is_pushed_and_runs(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
+    name = f"{cluster.registry}/{namespace}:1"
+    (tmp_path / "Dockerfile").write_text('FROM debian:bookworm-slim\nRUN echo 桜 > /歌\nCMD ["cat", "/歌"]\n')
+    for command in (["build", "--network", "host", "-t", name, tmp_path], ["push", name]):
+        subprocess.run(["docker", *command], env=dict(cluster.environment), check=True, capture_output=True)
+    cluster.kubectl("run", "built", "-n", namespace, f"--image={name}", "--restart=Never")
+    assert eventually(lambda: cluster.kubectl("logs", "built", "-n", namespace, check=False) == "桜\n")
+
+
+def test_a_private_image_needs_the_pull_secret(own_cluster: Cluster, namespace: str) -> None:
+    server = own_cluster.environment["UTAFORGE_TEST_PRIVATE_REGISTRY"]
+    image = f"{server}/debian:bookworm-slim"
+    own_cluster.apply(pod("refused", namespace, image, "true"))
+    eventually(lambda: "401 Unauthorized" in own_cluster.kubectl("get", "events", "-n", namespace))
+    user = f"--docker-username={own_cluster.environment['UTAFORGE_TEST_REGISTRY_USER']}"
+    password = f"--docker-password={own_cluster.environment['UTAFORGE_TEST_REGISTRY_PASSWORD']}"
+    secret = ["docker-registry", "pull", "-n", namespace, f"--docker-server={server}", user, password]
+    own_cluster.kubectl("create", "secret", *secret)
+    own_cluster.apply(pod("allowed", namespace, image, "true", imagePullSecrets=[{"name": "pull"}]))
+    phase = ["get", "pod", "allowed", "-n", namespace, "-o", "jsonpath={.status.phase}"]
+    assert eventually(lambda: own_cluster.kubectl(*phase) == "Succeeded")
+
+
+def test_a_claim_gets_a_volume_that_its_group_may_write(cluster: Cluster, namespace: str) -> None:
+    claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    meta = {"name": "songs", "namespace": namespace}
+    cluster.apply({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": meta, "spec": claim})
+    volume = {"name": "songs", "persistentVolumeClaim": {"claimName": "songs"}}
+    writer = pod("writer", namespace, cluster.image, "echo さくら > /songs/歌 && cat /songs/歌", volumes=[volume])
+    writer["spec"]["securityContext"] = {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000}
+    writer["spec"]["containers"][0]["volumeMounts"] = [{"name": "songs", "mountPath": "/songs"}]
+    cluster.apply(writer)
+    assert eventually(lambda: cluster.kubectl("logs", "writer", "-n", namespace, check=False) == "さくら\n")
+
+
 def test_a_pod_with_gpus_waits_until_the_node_has_them(own_cluster: Cluster, namespace: str) -> None:
     own_cluster.apply(pod("gpus", namespace, own_cluster.image, "true", limits={GPU: "4"}))
     phase = ["get", "pod", "gpus", "-n", namespace, "-o", "jsonpath={.status.phase}"]

@@ -1,7 +1,6 @@
 """A cluster as tests see it: this package's own, or any that people have (kind, k3s, GKE, …)."""
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -75,11 +74,6 @@ class Cluster:
         if name not in self.environment:
             pytest.skip(f"set {name} to {what}")
         return self.environment[name]
-
-
-def of_people() -> Cluster | None:
-    """The cluster that ``KUBECONFIG`` names, if it is set."""
-    return Cluster(os.environ, own=False) if os.environ.get("KUBECONFIG") else None
 
 
 def eventually(condition: Callable[[], T], seconds: float = 120.0) -> T:

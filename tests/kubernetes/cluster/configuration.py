@@ -17,7 +17,7 @@ PAUSE_IMAGE = "pause:1"
 OPERATOR = "kuberay-operator"
 
 
-def stages(layout: Layout, binaries: Path) -> list[list[Program]]:
+def stages(layout: Layout) -> list[list[Program]]:
     """Programs by stage: each needs those before."""
     authority = Authority(layout.state / "keys")
     authority.kubeconfig(layout.kubeconfig, layout.api, "admin", "system:masters")
@@ -31,26 +31,26 @@ def stages(layout: Layout, binaries: Path) -> list[list[Program]]:
             _containerd(layout),
             _registry(layout),
             _private_registry(layout),
-            _s3(layout, binaries),
+            _s3(layout),
             _dockerd(layout),
         ],
-        [_api_server(layout, binaries, authority)],
+        [_api_server(layout, authority)],
         [
-            _controller_manager(layout, binaries, authority, kubeconfig),
-            _scheduler(layout, binaries, kubeconfig),
-            _kubelet(layout, binaries, authority, kubeconfig),
-            _proxy(layout, binaries, kubeconfig),
-            _coredns(layout, binaries),
+            _controller_manager(layout, authority, kubeconfig),
+            _scheduler(layout, kubeconfig),
+            _kubelet(layout, authority, kubeconfig),
+            _proxy(layout, kubeconfig),
+            _coredns(layout),
         ],
     ]
 
 
-def operators(layout: Layout, binaries: Path) -> list[Program]:
+def operators(layout: Layout) -> list[Program]:
     """What watches objects of the API server that have to be there first."""
     authority = Authority(layout.state / "keys")
     config = authority.kubeconfig(layout.state / "ray-operator.kubeconfig", layout.api, OPERATOR)
     ray = (
-        binaries / "ray-operator",
+        layout.programs / "ray-operator",
         f"-kubeconfig={config}",
         "-use-kubernetes-proxy",
         "-enable-leader-election=false",
@@ -58,7 +58,7 @@ def operators(layout: Layout, binaries: Path) -> list[Program]:
         f"-health-probe-bind-address={layout.node}:8091",
     )
     kwok = (
-        binaries / "kwok",
+        layout.programs / "kwok",
         f"--kubeconfig={layout.kubeconfig}",
         "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
         f"--server-address={layout.node}:8092",
@@ -157,11 +157,11 @@ def _private_registry(layout: Layout) -> Program:
     return Program("private-registry", ("docker-registry", "serve", path), healthy)
 
 
-def _s3(layout: Layout, binaries: Path) -> Program:
+def _s3(layout: Layout) -> Program:
     for folder in ("s3", "s3-attributes"):
         (layout.state / folder).mkdir(exist_ok=True)
     argv = (
-        binaries / "versitygw",
+        layout.programs / "versitygw",
         f"--port={layout.node}:7070",
         f"--access={S3_ACCESS_KEY}",
         f"--secret={S3_SECRET_KEY}",
@@ -190,13 +190,13 @@ def _dockerd(layout: Layout) -> Program:
     return Program("dockerd", argv, command("/usr/bin/docker", "-H", layout.docker, "version"), network=False)
 
 
-def _api_server(layout: Layout, binaries: Path, authority: Authority) -> Program:
+def _api_server(layout: Layout, authority: Authority) -> Program:
     names = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local")
     serving = authority.issue("api-server", "kube-apiserver", addresses=(*names, layout.node, layout.api_service))
     client = authority.issue("api-server-client", "kube-apiserver-kubelet-client", "system:masters")
     accounts = authority.issue("service-accounts", "service-accounts").with_suffix(".key")
     argv = (
-        binaries / "kube-apiserver",
+        layout.programs / "kube-apiserver",
         f"--bind-address={layout.node}",
         f"--advertise-address={layout.node}",
         "--etcd-servers=http://127.0.0.1:2379",
@@ -221,10 +221,10 @@ def _api_server(layout: Layout, binaries: Path, authority: Authority) -> Program
 Kubeconfig = Callable[..., Path]
 
 
-def _controller_manager(layout: Layout, binaries: Path, authority: Authority, kubeconfig: Kubeconfig) -> Program:
+def _controller_manager(layout: Layout, authority: Authority, kubeconfig: Kubeconfig) -> Program:
     accounts = authority.issue("service-accounts", "service-accounts").with_suffix(".key")
     argv = (
-        binaries / "kube-controller-manager",
+        layout.programs / "kube-controller-manager",
         f"--kubeconfig={kubeconfig('controller-manager', 'system:kube-controller-manager')}",
         f"--bind-address={layout.node}",
         "--leader-elect=false",
@@ -235,9 +235,9 @@ def _controller_manager(layout: Layout, binaries: Path, authority: Authority, ku
     return Program("kube-controller-manager", argv, web(f"https://{layout.node}:10257/healthz"))
 
 
-def _scheduler(layout: Layout, binaries: Path, kubeconfig: Kubeconfig) -> Program:
+def _scheduler(layout: Layout, kubeconfig: Kubeconfig) -> Program:
     argv = (
-        binaries / "kube-scheduler",
+        layout.programs / "kube-scheduler",
         f"--kubeconfig={kubeconfig('scheduler', 'system:kube-scheduler')}",
         f"--bind-address={layout.node}",
         "--leader-elect=false",
@@ -245,7 +245,7 @@ def _scheduler(layout: Layout, binaries: Path, kubeconfig: Kubeconfig) -> Progra
     return Program("kube-scheduler", argv, web(f"https://{layout.node}:10259/healthz"))
 
 
-def _kubelet(layout: Layout, binaries: Path, authority: Authority, kubeconfig: Kubeconfig) -> Program:
+def _kubelet(layout: Layout, authority: Authority, kubeconfig: Kubeconfig) -> Program:
     serving = authority.issue("kubelet", f"system:node:{NODE}", "system:nodes", (NODE, layout.node))
     resolver = _write(layout.state / "resolv.conf", f"nameserver {layout.node}\n")
     config = {
@@ -277,7 +277,7 @@ def _kubelet(layout: Layout, binaries: Path, authority: Authority, kubeconfig: K
     }
     path = _write(layout.state / "kubelet.json", json.dumps(config))
     argv = (
-        binaries / "kubelet",
+        layout.programs / "kubelet",
         f"--config={path}",
         f"--kubeconfig={kubeconfig('kubelet', f'system:node:{NODE}', 'system:nodes')}",
         f"--hostname-override={NODE}",
@@ -286,7 +286,7 @@ def _kubelet(layout: Layout, binaries: Path, authority: Authority, kubeconfig: K
     return Program("kubelet", argv, web(f"http://{layout.node}:10248/healthz"))
 
 
-def _proxy(layout: Layout, binaries: Path, kubeconfig: Kubeconfig) -> Program:
+def _proxy(layout: Layout, kubeconfig: Kubeconfig) -> Program:
     config = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
@@ -302,11 +302,11 @@ def _proxy(layout: Layout, binaries: Path, kubeconfig: Kubeconfig) -> Program:
     }
     path = _write(layout.state / "proxy.json", json.dumps(config))
     return Program(
-        "kube-proxy", (binaries / "kube-proxy", f"--config={path}"), web(f"http://{layout.node}:10256/healthz")
+        "kube-proxy", (layout.programs / "kube-proxy", f"--config={path}"), web(f"http://{layout.node}:10256/healthz")
     )
 
 
-def _coredns(layout: Layout, binaries: Path) -> Program:
+def _coredns(layout: Layout) -> Program:
     config = f"""
         .:53 {{
             bind {layout.node}
@@ -320,7 +320,7 @@ def _coredns(layout: Layout, binaries: Path) -> Program:
         }}
         """
     path = _write(layout.state / "Corefile", config)
-    return Program("coredns", (binaries / "coredns", "-conf", path), web(f"http://{layout.node}:8181/ready"))
+    return Program("coredns", (layout.programs / "coredns", "-conf", path), web(f"http://{layout.node}:8181/ready"))
 
 
 def _write(path: Path, text: str) -> Path:

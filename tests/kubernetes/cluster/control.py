@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,9 +52,10 @@ def up(layout: Layout, say: Say) -> None:
             install.packages(say)
         base = pool.submit(install.base_image, say)
         with _phase("programs", say):
-            programs = install.binaries(say)
+            built = [path for folder in install.programs(say) for path in folder.iterdir()]
+            _link(layout.programs, [*built, Path(DOCKER)])
         with _phase("base image", say):
-            base.result()
+            archive = base.result()
         sandbox = Sandbox(layout)
         if not sandbox.anchor:
             _end(layout, sandbox)
@@ -61,9 +63,8 @@ def up(layout: Layout, say: Say) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 (layout.folder / "docker.sock").unlink()
-            sandbox.open(programs / "pause")
-            _link(layout.folder / "bin", programs / "kubectl", Path(DOCKER))
-        _start(layout, sandbox, programs, base.result(), say)
+            sandbox.open(layout.programs / "pause")
+        _start(layout, sandbox, archive, say)
 
 
 def down(layout: Layout) -> None:
@@ -85,14 +86,14 @@ def status(layout: Layout) -> dict[str, str]:
             return "not running"
         return f"{'well' if program.healthy() else 'not well'}, pid {process.pid}"
 
-    programs = [program for stage in stages(layout, Path()) for program in stage] + operators(layout, Path())
+    programs = [program for stage in stages(layout) for program in stage] + operators(layout)
     return {program.name: state(program) for program in programs}
 
 
 def environment(layout: Layout) -> dict[str, str]:
     """Variables by which tests and people reach the cluster."""
     return {
-        "PATH": f"{layout.folder}/bin:{os.environ['PATH']}",
+        "PATH": f"{layout.programs}:{os.environ['PATH']}",
         "KUBECONFIG": str(layout.kubeconfig),
         "DOCKER_HOST": layout.docker,
         "DOCKER_BUILDKIT": "1",
@@ -109,33 +110,33 @@ def environment(layout: Layout) -> dict[str, str]:
     }
 
 
-def kubectl(layout: Layout, programs: Path, *arguments: str | Path) -> str:
+def kubectl(layout: Layout, *arguments: str | Path) -> str:
     """What ``kubectl`` prints."""
-    return run(programs / "kubectl", f"--kubeconfig={layout.kubeconfig}", *arguments)
+    return run(layout.programs / "kubectl", f"--kubeconfig={layout.kubeconfig}", *arguments)
 
 
-def _start(layout: Layout, sandbox: Sandbox, programs: Path, base: Path, say: Say) -> None:
+def _start(layout: Layout, sandbox: Sandbox, base: Path, say: Say) -> None:
     supervisor = Supervisor(layout, sandbox)
-    first, *rest = stages(layout, programs)
+    first, *rest = stages(layout)
     with _phase("etcd, containerd, docker, registry, S3", say):
         supervisor.start(first)
     with _phase("images", say):
         _push(layout, base, BASE_IMAGE, *(f"ENV {name}={CERTIFICATES}" for name in TRUST), 'CMD ["bash"]')
-        _push(layout, install.pause_image(programs), PAUSE_IMAGE, 'ENTRYPOINT ["/pause"]')
+        _push(layout, _pause_archive(layout), PAUSE_IMAGE, 'ENTRYPOINT ["/pause"]')
     with _phase("Kubernetes", say):
         for stage in rest:
             supervisor.start(stage)
     with _phase("KubeRay, kwok", say):
-        extras = operators(layout, programs)
+        extras = operators(layout)
         if not all(supervisor.process(program) for program in extras):
-            config = programs / "kuberay"
+            config = layout.programs / "manifests"
             manifests = ("-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
-            kubectl(layout, programs, "apply", "--server-side", *manifests)
-            _apply(layout, programs, _binding())
+            kubectl(layout, "apply", "--server-side", *manifests)
+            _apply(layout, _binding())
         supervisor.start(extras)
     with _phase("node, volumes", say):
-        volumes.renew(layout, functools.partial(kubectl, layout, programs))
-        kubectl(layout, programs, "wait", "--for=condition=Ready", f"node/{NODE}", "--timeout=120s")
+        volumes.renew(layout, functools.partial(kubectl, layout))
+        kubectl(layout, "wait", "--for=condition=Ready", f"node/{NODE}", "--timeout=120s")
 
 
 def _end(layout: Layout, sandbox: Sandbox) -> None:
@@ -149,11 +150,13 @@ def _end(layout: Layout, sandbox: Sandbox) -> None:
     layout.kubeconfig.unlink(missing_ok=True)
 
 
-def _link(folder: Path, *programs: Path) -> None:
+def _link(folder: Path, programs: Iterable[Path]) -> None:
     folder.mkdir(exist_ok=True)
     for program in programs:
-        (folder / program.name).unlink(missing_ok=True)
-        (folder / program.name).symlink_to(program)
+        link = folder / program.name
+        if not link.is_symlink() or link.readlink() != program:
+            link.unlink(missing_ok=True)
+            link.symlink_to(program)
 
 
 def _push(layout: Layout, archive: Path, name: str, *changes: str) -> None:
@@ -168,10 +171,10 @@ def _push(layout: Layout, archive: Path, name: str, *changes: str) -> None:
         run(*docker, "push", remote)
 
 
-def _apply(layout: Layout, programs: Path, manifest: dict[str, object]) -> None:
+def _apply(layout: Layout, manifest: dict[str, object]) -> None:
     path = layout.state / "manifest.json"
     path.write_text(json.dumps(manifest))
-    kubectl(layout, programs, "apply", "--server-side", "-f", path)
+    kubectl(layout, "apply", "--server-side", "-f", path)
 
 
 def _binding() -> dict[str, object]:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -65,19 +64,21 @@ def packages(say: Say) -> None:
             policy.unlink()
 
 
-def binaries(say: Say) -> Path:
-    """The folder with all programs that are built from source, and KubeRay's manifests."""
-    digest = hashlib.sha256(VERSION.encode())
-    for source in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
-        digest.update(source.read_bytes())
-    folder = _cache() / digest.hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    for module in sorted(path.name for path in SOURCES.iterdir()):
-        if not (folder / f".{module}").exists():
-            say(f"building {module}")
-            _build(module, folder)
-            (folder / f".{module}").touch()
-    return folder
+def programs(say: Say) -> list[Path]:
+    """Folders with what is built from source: the programs, and KubeRay's manifests."""
+    folders: list[Path] = []
+    for module in sorted(SOURCES.iterdir()):
+        digest = hashlib.sha256(VERSION.encode())
+        for source in sorted(module.iterdir()):
+            digest.update(source.read_bytes())
+        folder = _cache() / f"{module.name}-{digest.hexdigest()[:12]}"
+        if not folder.exists():
+            say(f"building {module.name}")
+            unfinished = folder.with_suffix(".unfinished")
+            _build(module, unfinished)
+            unfinished.rename(folder)
+        folders.append(folder)
+    return folders
 
 
 def base_image(say: Say) -> Path:
@@ -92,15 +93,6 @@ def base_image(say: Say) -> Path:
             _furnish(root)
             run("tar", "-C", root, "-cf", Path(folder, "image.tar"), ".")
             Path(folder, "image.tar").rename(archive)
-    return archive
-
-
-def pause_image(programs: Path) -> Path:
-    """The image of the container that holds a pod's namespaces, as an archive."""
-    archive = programs / "pause.tar"
-    if not archive.exists():
-        with tarfile.open(archive, "w") as tar:
-            tar.add(programs / "pause", "pause")
     return archive
 
 
@@ -136,15 +128,15 @@ def _go() -> str:
     return str(own / "bin" / "go")
 
 
-def _build(module: str, folder: Path) -> None:
-    go, source = _go(), SOURCES / module
+def _build(module: Path, folder: Path) -> None:
+    go = _go()
     flags = f"-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"
     environment = os.environ | {"CGO_ENABLED": "0"}
-    what = "." if (source / "main.go").exists() else "tool"
-    run(go, "build", "-trimpath", "-ldflags", flags, "-o", f"{folder}/", what, folder=source, environment=environment)
-    if module == "kuberay":
-        place = run(go, "list", "-m", "-f", "{{.Dir}}", "github.com/ray-project/kuberay/ray-operator", folder=source)
-        shutil.copytree(Path(place.strip(), "config"), folder / "kuberay", dirs_exist_ok=True)
+    what = "." if (module / "main.go").exists() else "tool"
+    run(go, "build", "-trimpath", "-ldflags", flags, "-o", f"{folder}/", what, folder=module, environment=environment)
+    if module.name == "kuberay":
+        source = run(go, "list", "-m", "-f", "{{.Dir}}", "github.com/ray-project/kuberay/ray-operator", folder=module)
+        shutil.copytree(Path(source.strip(), "config"), folder / "manifests", dirs_exist_ok=True)
 
 
 def _furnish(root: Path) -> None:

@@ -86,6 +86,11 @@ class Layout:
         return f"https://{self.node}:6443"
 
     @property
+    def programs(self) -> Path:
+        """Links to the programs that are built, to ``docker`` and to KubeRay's manifests."""
+        return self.folder / "bin"
+
+    @property
     def state(self) -> Path:
         """What one cluster knows; goes with it."""
         return self.folder / "state"
