@@ -159,6 +159,13 @@ def _link(folder: Path, programs: Iterable[Path]) -> None:
             link.symlink_to(program)
 
 
+def _pause_archive(layout: Layout) -> Path:
+    archive = layout.state / "pause.tar"
+    with tarfile.open(archive, "w", dereference=True) as tar:
+        tar.add(layout.programs / "pause", "pause")
+    return archive
+
+
 def _push(layout: Layout, archive: Path, name: str, *changes: str) -> None:
     """Put an archive into this cluster's engine and registry, unless it is there."""
     docker = [DOCKER, "--host", layout.docker]
