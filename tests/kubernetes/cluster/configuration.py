@@ -14,6 +14,13 @@ S3_ACCESS_KEY, S3_SECRET_KEY = "utaforge", "utaforge-secret"
 REGISTRY_USER, REGISTRY_PASSWORD = "utaforge", "utaforge"
 REGISTRY_PASSWORD_BCRYPT = "$2b$05$Fke7pNpZkoscbXCUJRPeAuPD5jmQ78gyHut8teVE3UwbV88Hhio7u"
 PAUSE_IMAGE = "pause:1"
+KWOK_STAGES = (
+    "node/fast/node-initialize",
+    "node/heartbeat-with-lease/node-heartbeat-with-lease",
+    "pod/fast/pod-ready",
+    "pod/fast/pod-complete",
+    "pod/fast/pod-delete",
+)
 OPERATOR = "kuberay-operator"
 
 
@@ -57,9 +64,11 @@ def operators(layout: Layout) -> list[Program]:
         f"-metrics-addr={layout.node}:8090",
         f"-health-probe-bind-address={layout.node}:8091",
     )
+    stages = layout.programs / "kwok-manifests"
     kwok = (
         layout.programs / "kwok",
         f"--kubeconfig={layout.kubeconfig}",
+        *(f"--config={stages}/{name}.yaml" for name in KWOK_STAGES),
         "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
         f"--server-address={layout.node}:8092",
     )
@@ -158,7 +167,7 @@ def _private_registry(layout: Layout) -> Program:
 
 
 def _s3(layout: Layout) -> Program:
-    for folder in ("s3", "s3-attributes"):
+    for folder in ("objects", "attributes"):
         (layout.state / folder).mkdir(exist_ok=True)
     argv = (
         layout.programs / "versitygw",
@@ -169,8 +178,8 @@ def _s3(layout: Layout) -> Program:
         "--health=/health",
         "--quiet",
         "posix",
-        f"--sidecar={layout.state}/s3-attributes",
-        layout.state / "s3",
+        f"--sidecar={layout.state}/attributes",
+        layout.state / "objects",
     )
     return Program("versitygw", argv, web(f"{layout.s3}/health"))
 

@@ -129,7 +129,7 @@ def _start(layout: Layout, sandbox: Sandbox, base: Path, say: Say) -> None:
     with _phase("KubeRay, kwok", say):
         extras = operators(layout)
         if not all(supervisor.process(program) for program in extras):
-            config = layout.programs / "manifests"
+            config = layout.programs / "kuberay-manifests"
             manifests = ("-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
             kubectl(layout, "apply", "--server-side", *manifests)
             _apply(layout, _binding())

