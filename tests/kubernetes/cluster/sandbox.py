@@ -23,6 +23,8 @@ FIXED_FOLDERS = {
     "/var/log/pods": "log-pods",
 }
 """Folders that the programs insist on, and the cluster's own that are mounted over them for its processes alone."""
+BRIDGE_ADDRESS = "02:00:00:75:74:61"
+"""Set once: else a bridge has that of a port, which changes as pods come, and packets go astray for half a minute."""
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 KERNEL_SETTINGS = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops")
 """What the kubelet changes for the whole machine."""
@@ -68,7 +70,7 @@ class Sandbox:
             script.append(f"mount --bind '{layout.state / own}' {fixed}")
         script += [
             "ip link set lo up",
-            "ip link add cni0 type bridge",
+            f"ip link add cni0 address {BRIDGE_ADDRESS} type bridge",
             f"ip address add {layout.node}/24 dev cni0",
             "ip link set cni0 up",
             f"ip link add uplink master cni0 type veth peer name {layout.device} netns {os.getpid()}",
