@@ -39,6 +39,11 @@ def pod(name: str, namespace: str, image: str, script: str, **spec: Any) -> dict
     }
 
 
+def always_pulled(manifest: dict[str, Any]) -> dict[str, Any]:
+    manifest["spec"]["containers"][0]["imagePullPolicy"] = "Always"
+    return manifest
+
+
 def ray_job(namespace: str, **spec: Any) -> dict[str, Any]:
     container = {"name": "ray", "image": "ray"}
     group = {"rayStartParams": {}, "template": {"spec": {"containers": [container]}}}
@@ -147,13 +152,14 @@ def test_a_built_image_is_pushed_and_runs(cluster: Cluster, namespace: str, tmp_
 def test_a_private_image_needs_the_pull_secret(own_cluster: Cluster, namespace: str) -> None:
     server = own_cluster.environment["UTAFORGE_TEST_PRIVATE_REGISTRY"]
     image = f"{server}/debian:bookworm-slim"
-    own_cluster.apply(pod("refused", namespace, image, "true"))
+    own_cluster.apply(always_pulled(pod("refused", namespace, image, "true")))
     eventually(lambda: "401 Unauthorized" in own_cluster.kubectl("get", "events", "-n", namespace))
     user = f"--docker-username={own_cluster.environment['UTAFORGE_TEST_REGISTRY_USER']}"
     password = f"--docker-password={own_cluster.environment['UTAFORGE_TEST_REGISTRY_PASSWORD']}"
     secret = ["docker-registry", "pull", "-n", namespace, f"--docker-server={server}", user, password]
     own_cluster.kubectl("create", "secret", *secret)
-    own_cluster.apply(pod("allowed", namespace, image, "true", imagePullSecrets=[{"name": "pull"}]))
+    allowed = pod("allowed", namespace, image, "true", imagePullSecrets=[{"name": "pull"}])
+    own_cluster.apply(always_pulled(allowed))
     phase = ["get", "pod", "allowed", "-n", namespace, "-o", "jsonpath={.status.phase}"]
     assert eventually(lambda: own_cluster.kubectl(*phase) == "Succeeded")
 

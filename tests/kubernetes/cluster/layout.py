@@ -9,7 +9,7 @@ from pathlib import Path
 from trainer.spec.errors import ClusterError
 
 ROOT = Path(__file__).parents[3]
-LONGEST_FOLDER = 70
+LONGEST_FOLDER = 60
 """In bytes: the path of a Unix socket may have 107."""
 
 
