@@ -13,7 +13,7 @@ export UTAFORGE_HOME ?= $(HOME_DIR)
 export TORCH_EXTENSIONS_DIR ?= $(HOME_DIR)/cache/torch_extensions
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv and warm the compiled parts
 
@@ -53,6 +53,15 @@ ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 test: $(READY) ## all tests
 	@$(BIN)/python -m pytest --durations=15
 
+test-kubernetes: $(READY) ## tests on a real Kubernetes (as root on Debian), or on that of KUBECONFIG
+	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 --durations=15
+
+cluster-up: $(READY) ## bring up that Kubernetes; the tests do it too
+	@$(BIN)/python -m tests.kubernetes.cluster up
+
+cluster-down: $(READY) ## end it
+	@$(BIN)/python -m tests.kubernetes.cluster down
+
 check: $(READY) ## lint, types, layers
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -82,4 +91,4 @@ lock: $(READY) ## resolve requirements.lock again
 clean: ## remove .venv and caches; runs, datasets and MLflow's records stay
 	@rm -rf .venv .utaforge/cache
 
-.PHONY: help setup submit plan prepare list doctor ui test check fix bench demo-base goldens lock clean
+.PHONY: help setup submit plan prepare list doctor ui test test-kubernetes cluster-up cluster-down check fix bench demo-base goldens lock clean

@@ -1,0 +1,209 @@
+"""Bring the cluster up, end it, and tell how it is."""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from trainer.spec.errors import ClusterError
+
+from . import install, volumes
+from .configuration import (
+    NODE,
+    OPERATOR,
+    PAUSE_IMAGE,
+    REGISTRY_PASSWORD,
+    REGISTRY_USER,
+    S3_ACCESS_KEY,
+    S3_SECRET_KEY,
+    operators,
+    stages,
+)
+from .install import CERTIFICATES, Say, run
+from .layout import Layout
+from .programs import Program, Supervisor
+from .sandbox import Sandbox
+
+BASE_IMAGE = "debian:bookworm-slim"
+TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+DOCKER = "/usr/bin/docker"
+"""Debian's: it builds without plug-ins, which other clients on the path may not."""
+
+
+def up(layout: Layout, say: Say) -> None:
+    """Start what is not running, and return when pods can run.
+
+    Raises:
+        ClusterError: this machine cannot run a cluster, or a program does not start.
+    """
+    if reasons := install.obstacles():
+        raise ClusterError(f"no cluster can be brought up here: {'; '.join(reasons)}", "set KUBECONFIG to use your own")
+    layout.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(layout), ThreadPoolExecutor() as pool:
+        with _phase("packages", say):
+            install.packages(say)
+        base = pool.submit(install.base_image, say)
+        with _phase("programs", say):
+            built = [path for folder in install.programs(say) for path in folder.iterdir()]
+            _link(layout.programs, [*built, Path(DOCKER)])
+        with _phase("base image", say):
+            archive = base.result()
+        sandbox = Sandbox(layout)
+        if not sandbox.anchor:
+            _end(layout, sandbox)
+            for folder in (layout.state, layout.images / "registry"):
+                folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (layout.folder / "docker.sock").unlink()
+            sandbox.open(layout.programs / "pause")
+        _start(layout, sandbox, archive, say)
+
+
+def down(layout: Layout) -> None:
+    """End everything; images stay in the folder for the next time."""
+    layout.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(layout):
+        _end(layout, Sandbox(layout))
+
+
+def status(layout: Layout) -> dict[str, str]:
+    """Each program's name → how it is."""
+    if not Sandbox(layout).anchor:
+        return {"cluster": "down"}
+    supervisor = Supervisor(layout, Sandbox(layout))
+
+    def state(program: Program) -> str:
+        process = supervisor.process(program)
+        if not process:
+            return "not running"
+        return f"{'well' if program.healthy() else 'not well'}, pid {process.pid}"
+
+    programs = [program for stage in stages(layout) for program in stage] + operators(layout)
+    return {program.name: state(program) for program in programs}
+
+
+def environment(layout: Layout) -> dict[str, str]:
+    """Variables by which tests and people reach the cluster."""
+    return {
+        "PATH": f"{layout.programs}:{os.environ['PATH']}",
+        "KUBECONFIG": str(layout.kubeconfig),
+        "DOCKER_HOST": layout.docker,
+        "DOCKER_BUILDKIT": "1",
+        "UTAFORGE_TEST_REGISTRY": layout.registry,
+        "UTAFORGE_TEST_PRIVATE_REGISTRY": layout.private_registry,
+        "UTAFORGE_TEST_REGISTRY_USER": REGISTRY_USER,
+        "UTAFORGE_TEST_REGISTRY_PASSWORD": REGISTRY_PASSWORD,
+        "UTAFORGE_TEST_IMAGE": f"{layout.registry}/{BASE_IMAGE}",
+        "UTAFORGE_TEST_S3": layout.s3,
+        "AWS_ENDPOINT_URL": layout.s3,
+        "AWS_ACCESS_KEY_ID": S3_ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": S3_SECRET_KEY,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+def kubectl(layout: Layout, *arguments: str | Path) -> str:
+    """What ``kubectl`` prints."""
+    return run(layout.programs / "kubectl", f"--kubeconfig={layout.kubeconfig}", *arguments)
+
+
+def _start(layout: Layout, sandbox: Sandbox, base: Path, say: Say) -> None:
+    supervisor = Supervisor(layout, sandbox)
+    first, *rest = stages(layout)
+    with _phase("etcd, containerd, docker, registry, S3", say):
+        supervisor.start(first)
+    with _phase("images", say):
+        _push(layout, base, BASE_IMAGE, *(f"ENV {name}={CERTIFICATES}" for name in TRUST), 'CMD ["bash"]')
+        _push(layout, _pause_archive(layout), PAUSE_IMAGE, 'ENTRYPOINT ["/pause"]')
+    with _phase("Kubernetes", say):
+        for stage in rest:
+            supervisor.start(stage)
+    with _phase("KubeRay, kwok", say):
+        extras = operators(layout)
+        if not all(supervisor.process(program) for program in extras):
+            config = layout.programs / "kuberay-manifests"
+            manifests = ("-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
+            kubectl(layout, "apply", "--server-side", *manifests)
+            _apply(layout, _binding())
+        supervisor.start(extras)
+    with _phase("node, volumes", say):
+        volumes.renew(layout, functools.partial(kubectl, layout))
+        kubectl(layout, "wait", "--for=condition=Ready", f"node/{NODE}", "--timeout=120s")
+
+
+def _end(layout: Layout, sandbox: Sandbox) -> None:
+    sandbox.close()
+    deadline = time.monotonic() + 60
+    while Path("/sys/class/net", layout.device).exists():  # the kernel removes it after the last process
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the device {layout.device} stays", f"ip link delete {layout.device}")
+        time.sleep(0.05)
+    shutil.rmtree(layout.state, ignore_errors=True)
+    layout.kubeconfig.unlink(missing_ok=True)
+
+
+def _link(folder: Path, programs: Iterable[Path]) -> None:
+    folder.mkdir(exist_ok=True)
+    for program in programs:
+        link = folder / program.name
+        if not link.is_symlink() or link.readlink() != program:
+            link.unlink(missing_ok=True)
+            link.symlink_to(program)
+
+
+def _pause_archive(layout: Layout) -> Path:
+    archive = layout.state / "pause.tar"
+    with tarfile.open(archive, "w", dereference=True) as tar:
+        tar.add(layout.programs / "pause", "pause")
+    return archive
+
+
+def _push(layout: Layout, archive: Path, name: str, *changes: str) -> None:
+    """Put an archive into this cluster's engine and registry, unless it is there."""
+    docker = [DOCKER, "--host", layout.docker]
+    remote = f"{layout.registry}/{name}"
+    if subprocess.run([*docker, "image", "inspect", remote], capture_output=True, check=False).returncode != 0:
+        options = [argument for change in changes for argument in ("--change", change)]
+        run(*docker, "import", *options, archive, name)
+        run(*docker, "tag", name, remote)
+    if not (layout.images / "registry/docker/registry/v2/repositories" / name.partition(":")[0]).exists():
+        run(*docker, "push", remote)
+
+
+def _apply(layout: Layout, manifest: dict[str, object]) -> None:
+    path = layout.state / "manifest.json"
+    path.write_text(json.dumps(manifest))
+    kubectl(layout, "apply", "--server-side", "-f", path)
+
+
+def _binding() -> dict[str, object]:
+    return {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": OPERATOR},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": OPERATOR},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": OPERATOR}],
+    }
+
+
+@contextlib.contextmanager
+def _alone(layout: Layout) -> Iterator[None]:
+    """One command at a time on one cluster."""
+    with (layout.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _phase(name: str, say: Say) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    say(f"{time.monotonic() - start:6.1f} s  {name}")

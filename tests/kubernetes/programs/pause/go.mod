@@ -1,0 +1,3 @@
+module utaforge.test/pause
+
+go 1.26
