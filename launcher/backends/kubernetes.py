@@ -127,6 +127,11 @@ class KubernetesJobs:
         rayjob = self._api.get(f"{self._path}/{submission}")
         return _status(rayjob) if rayjob else None
 
+    def statuses(self) -> dict[str, JobStatus]:
+        """How every submission in the namespace stands, by name."""
+        found = self._api.list(self._path, labelSelector=SUBMISSION)
+        return {rayjob["metadata"]["name"]: _status(rayjob) for rayjob in found}
+
     def follow(self, submission: str) -> Iterator[str]:
         """See ``Jobs``: the driver's log as the run directory has it, and before there is one, what pods wait for."""
         rayjob = self._api.get(f"{self._path}/{submission}")
