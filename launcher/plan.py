@@ -278,7 +278,7 @@ def _checks(job: Job, profile: Profile, load: Load, machines: int, batch_seconds
     if job.cluster.backend == "local" and profile.gpu is None and ranks > cores_here():
         yield f"cluster.workers: {ranks} workers share {cores_here()} cores"
     if job.cluster.backend == "kubernetes" and not job.tracking.mlflow:
-        yield "tracking.mlflow: none, so metrics are only in the run directory (metrics.jsonl)"
+        yield "tracking.mlflow: none, so metrics go to the run directory only; utaforge sync brings them to MLflow here"
     if machines > 1 and profile.interconnect_gbps:
         seconds = 2 * 4 * 8 * load.trained / (profile.interconnect_gbps * 1e9)
         yield f"network: the gradients of a step take at least {seconds:.2g} s between {machines} machines"

@@ -200,6 +200,8 @@ def _mlflow(run: Run) -> str:
     uri = run.job.tracking.mlflow
     if uri and uri.startswith("http"):
         return uri
+    if run.job.cluster.backend != "local":
+        return f"after: utaforge sync {run.name}"
     return "http://127.0.0.1:5000 after: make ui"
 
 

@@ -91,14 +91,16 @@ class _Rank:
             return
         self.system = SystemMetrics()
         self.journal = Journal(self.run.store, self.scratch / "metrics.jsonl", self.engine.steps)
-        follower = Follower(self.run.url, self.journal.path)
+        lost = self.job.cluster.backend == "kubernetes" and not self.job.tracking.mlflow  # MLflow's file, with its pod
+        follower = None if lost else Follower(self.run.url, self.journal.path)
         end: End = "FAILED"
         try:
             yield
             end = "FINISHED"
         finally:
             self.journal.close(self.engine.steps, end)
-            follower.close()
+            if follower:
+                follower.close()
 
     def train(self) -> None:
         """Run the loop, then leave the result."""

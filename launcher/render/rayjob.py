@@ -305,7 +305,7 @@ def _disruption_budget(cluster: Kubernetes, submission: Submission) -> Manifest:
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": _metadata(cluster, submission),
-        "spec": {"maxUnavailable": 0, "selector": {"matchLabels": head}},
+        "spec": {"minAvailable": 1, "selector": {"matchLabels": head}},
     }
 
 
