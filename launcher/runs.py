@@ -36,6 +36,8 @@ READERS = 32
 TAIL_BYTES = 1 << 16
 _ATTEMPTS, _COMMITS, _JOURNAL = "attempts", "checkpoints", "metrics.jsonl"
 _RESULT, _FAILURE = "result.json", "failure.json"
+_TOLD = {"steps", "loss", "attempt", "backend", "time"}
+"""What a result says for a list of runs; those of earlier versions do not."""
 _RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -106,6 +108,10 @@ class Status:
 
     def __str__(self) -> str:
         return self.state if self.state == "finished" else f"{self.state} at step {self.step} of {self.steps}"
+
+
+class NoRun(StoreError):
+    """What was taken for a run directory is none."""
 
 
 class Run:
@@ -188,16 +194,20 @@ class Run:
         """Everything that is stored of it, by path: one request."""
         return {entry.path: entry for entry in self.store.list()}
 
-    def status(
-        self, files: Mapping[str, Entry] | None = None, ask: "Callable[[Attempt], JobStatus | None] | None" = None
-    ) -> Status:
+    def status(self, ask: "Callable[[Attempt], JobStatus | None] | None" = None) -> Status:
         """How it stands, from what is stored and what its cluster says.
 
         Args:
-            files: of the run, if they are known already.
             ask: how the program of an attempt stands, if its cluster was asked already.
+
+        Raises:
+            NoRun: it is a folder without a job.
         """
-        files = self.files() if files is None else files
+        if (result := self.result) and result.keys() >= _TOLD:
+            return self._finished(result)
+        files = self.files()
+        if "job.json" not in files:
+            raise NoRun(f"{self.url} is no run: it has no job.json", "see utaforge list")
         attempt, job = self._attempt(files), json.loads(self.store.get("job.json"))
         step, loss, heard = self._last_metrics(files.get(_JOURNAL))
         failure = self.failure(attempt) if _FAILURE in files and _RESULT not in files else None
@@ -264,6 +274,21 @@ class Run:
     def ask(self, attempt: Attempt) -> JobStatus | None:
         """How the program of ``attempt`` stands, from its cluster; None if that has never heard of it."""
         return self._jobs(attempt).status(attempt.submission)
+
+    def _finished(self, result: Mapping[str, Any]) -> Status:
+        return Status(
+            name=self.name,
+            url=self.url,
+            state="finished",
+            step=result["steps"],
+            steps=result["steps"],
+            loss=result["loss"],
+            attempts=result["attempt"],
+            backend=result["backend"],
+            problem=None,
+            cure=None,
+            updated=_clock(result["time"]),
+        )
 
     def _is_alive(
         self, attempt: Attempt, files: Mapping[str, Entry], ask: Callable[[Attempt], JobStatus | None]
@@ -528,8 +553,9 @@ def _listed(attempt: Attempt) -> dict[str, JobStatus] | ClusterError:
 def _status_or_none(run: Run, ask: _Asked) -> Status | None:
     """None for a folder that is no run; a run that cannot be read is shown as failed."""
     try:
-        files = run.files()
-        return run.status(files, partial(ask, run)) if "job.json" in files else None
+        return run.status(partial(ask, run))
+    except NoRun:
+        return None
     except (UtaforgeError, ValueError, KeyError, TypeError) as error:
         problem = error.problem if isinstance(error, UtaforgeError) else f"its files cannot be read: {error}"
         return Status(run.name, run.url, "failed", 0, 0, None, 0, None, problem, "restore or remove it", None)
