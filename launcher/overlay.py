@@ -41,7 +41,7 @@ class Overlay:
 
     def upload(self) -> bool:
         """Put it there; False if it was there already."""
-        return self._store.create(self._name, self._archive)
+        return not self._store.exists(self._name) and self._store.create(self._name, self._archive)
 
     @cached_property
     def _archive(self) -> bytes:
