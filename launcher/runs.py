@@ -149,6 +149,16 @@ class Run:
         """The last submission, or None if there was none."""
         return self._attempt({entry.path: entry for entry in self.store.list(_ATTEMPTS)})
 
+    def every_attempt(self) -> list[Attempt]:
+        """All submissions, from the first."""
+        return [Attempt(**json.loads(self.store.get(entry.path))) for entry in self.store.list(_ATTEMPTS)]
+
+    def at_work(self) -> Attempt | None:
+        """The submission that is at work now; None if there is none."""
+        files = self.files()
+        attempt = self._attempt(files)
+        return attempt if attempt and self._is_alive(attempt, files, self.ask) else None
+
     def newest_commit(self) -> int:
         """Step of the newest checkpoint that is whole; 0 without one."""
         return _newest_commit({entry.path: entry for entry in self.store.list(_COMMITS)})
@@ -186,8 +196,7 @@ class Run:
 
     def refuse_if_running(self) -> None:
         """Raise ``ClusterError`` if a submission of this run is at work: never two at once."""
-        attempt = self.newest_attempt()
-        if attempt and self._is_alive(attempt, self.files(), self.ask):
+        if attempt := self.at_work():
             raise _busy(self.name, f"on {attempt.host} since {_clock(attempt.time)} (attempt {attempt.number})")
 
     def files(self) -> dict[str, Entry]:
@@ -241,8 +250,8 @@ class Run:
         Raises:
             ClusterError: it is not running, or it runs where this machine cannot reach it, or it would not stop.
         """
-        attempt = self.newest_attempt()
-        if attempt is None or not self._is_alive(attempt, self.files(), self.ask):
+        attempt = self.at_work()
+        if attempt is None:
             raise ClusterError(f"run {self.name} is not running: it is {self.status()}", "there is nothing to cancel")
         if attempt.backend == "local" and attempt.host != socket.gethostname():
             raise ClusterError(
@@ -259,8 +268,8 @@ class Run:
 
     def live_log(self) -> Iterator[str] | None:
         """Lines of the attempt at work, as they come, from its first; None if the run is not running within reach."""
-        attempt = self.newest_attempt()
-        if attempt is None or not _reachable(attempt) or not self._is_alive(attempt, self.files(), self.ask):
+        attempt = self.at_work()
+        if attempt is None or not _reachable(attempt):
             return None
         return self._jobs(attempt).follow(attempt.submission)
 
