@@ -313,6 +313,7 @@ class Run:
             else:
                 if status:
                     return not status.over
+                return time.time() - attempt.time < _SILENT_SECONDS  # it may be about to be submitted
         journal = files.get(_JOURNAL)
         heard = max(attempt.time, journal.modified if journal else 0.0)
         return time.time() - heard < _SILENT_SECONDS

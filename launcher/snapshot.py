@@ -46,6 +46,7 @@ class Objects:
         pods: of all of them, and the submitter's.
         events: about any of these, oldest first; Kubernetes forgets them after an hour.
         quotas: of the namespace.
+        nodes: of the cluster, where a pod waits for one: their names, labels and taints.
         submitter: the last lines that the submitter said: the driver's, where the store refused them.
         unreachable: why the API server could not be asked.
     """
@@ -55,6 +56,7 @@ class Objects:
     pods: list[Json] = field(default_factory=list[Json])
     events: list[Json] = field(default_factory=list[Json])
     quotas: list[Json] = field(default_factory=list[Json])
+    nodes: list[Json] = field(default_factory=list[Json])
     submitter: list[str] = field(default_factory=list[str])
     unreachable: str | None = None
 
@@ -160,6 +162,8 @@ def observe(api: Api, namespace: str, submission: str) -> Objects:
             _own(events.result(), submission),
             [_lean(each) for each in quotas.result()],
         )
+    if any(waits_for_node(pod) for pod in found.pods):
+        found.nodes.extend(_node(each) for each in _seen(lambda: api.list("/api/v1/nodes")))
     found.submitter.extend(_submitter(api, core, found.pods))
     return found
 
@@ -182,6 +186,22 @@ def when(event: Json) -> str:
     """When an event was last seen, ISO 8601."""
     series = inside(event, "series", "lastObservedTime")
     return str(series or event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"])
+
+
+def waits_for_node(pod: Json) -> str | None:
+    """What the scheduler says of a pod that no node takes."""
+    for condition in inside(pod, "status", "conditions") or ():
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return str(condition.get("message") or condition.get("reason"))
+    return None
+
+
+def _node(node: Json) -> Json:
+    metadata, spec = node["metadata"], inside(node, "spec") or {}
+    return {
+        "metadata": {"name": metadata["name"], "labels": metadata.get("labels") or {}},
+        "spec": {"taints": spec.get("taints") or [], "unschedulable": spec.get("unschedulable", False)},
+    }
 
 
 def _submitter(api: Api, core: str, pods: list[Json]) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from launcher.backends.kubernetes import standing
 from launcher.backends.kubernetes_api import Json
+from launcher.backends.kubernetes_checks import has_labels, lets_in
 from launcher.render import inside
-from launcher.snapshot import Objects, Snapshot, when
+from launcher.snapshot import Objects, Snapshot, waits_for_node, when
 
 QUIET_SECONDS = 300.0
 """A run that trains and from which nothing is heard for so long, and for ten times its usual pause, hangs."""
@@ -230,6 +231,13 @@ def _container(objects: Objects, pod: Json) -> Iterator[Cause]:
                 f"{kind}: {waiting['reason']}: {message}",
                 "make it (k8s/README.md shows how), or correct cluster.secrets; the run then goes on by itself",
             )
+        elif waiting.get("reason") == "CrashLoopBackOff":
+            code = inside(container, "lastState", "terminated", "exitCode")
+            yield Cause(
+                f"the {kind}'s program ends again and again",
+                f"{kind}: CrashLoopBackOff: exit code {code}",
+                "127 and 126 mean that the image is not the trainer's (make image); else see kubectl logs --previous",
+            )
         elif waiting.get("reason") in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError"):
             yield Cause(f"the {kind} cannot start", f"{waiting['reason']}: {message}", "see the message")
         for state in ("state", "lastState"):
@@ -286,12 +294,22 @@ def _image(image: str, message: str) -> Cause:
 
 
 def _scheduling(objects: Objects) -> Iterator[Cause]:
-    """Pods that no node takes: those of one kind wait for the same thing."""
-    for pod in objects.pods:
-        for condition in inside(pod, "status", "conditions") or ():
-            if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                message = str(condition.get("message") or condition.get("reason"))
-                yield _unschedulable(_kind(pod), message)
+    """Pods that no node takes; what no waiting cures comes first."""
+    waiting = [(pod, message) for pod in objects.pods if (message := waits_for_node(pod))]
+    for pod, message in sorted(waiting, key=lambda item: "Insufficient" in item[1]):
+        told = message
+        if objects.nodes and "untolerated taint" in message and not (taints := _taints(objects.nodes, pod)):
+            told = message.replace("untolerated taint", "other labels and a taint")
+        elif objects.nodes and "untolerated taint" in message:
+            told = re.sub(r"untolerated taint\(?s?\)?", f"untolerated taints {{{taints}}}", message)
+        yield _unschedulable(_kind(pod), told)
+
+
+def _taints(nodes: list[Json], pod: Json) -> str:
+    """Those that keep a pod off the nodes with the labels it wants."""
+    fitting = [node for node in nodes if has_labels(node, pod["spec"]) and not lets_in(node, pod["spec"])]
+    found = [taint for node in fitting for taint in node["spec"]["taints"]]
+    return ", ".join(sorted({f"{taint['key']}={taint.get('value', '')}".rstrip("=") for taint in found}))
 
 
 def _unschedulable(kind: str, message: str) -> Cause:
@@ -304,14 +322,9 @@ def _unschedulable(kind: str, message: str) -> Cause:
 
 _OBSTACLES = (
     (
-        r"Insufficient (nvidia\.com/gpu)",
+        r"Insufficient nvidia\.com/gpu",
         "no node has enough free GPUs for the {0}",
         "wait until others free some, add nodes, or take another cluster.profile or fewer cluster.workers",
-    ),
-    (
-        r"untolerated taint (?:\(?s?\)?)?\{([^}]*)\}",
-        "the nodes that could take the {0} have a taint that it does not tolerate: {1}",
-        "add it to tolerations in a profile of your own beside the job (profiles/NAME.yaml), then submit again",
     ),
     (
         r"Insufficient ([^\s,.]+)",
@@ -319,17 +332,23 @@ _OBSTACLES = (
         "wait until others free some, add nodes, or take a smaller cluster.profile or fewer cluster.workers",
     ),
     (
-        r"didn't match Pod's node affinity|didn't match node selector",
-        "no node has the labels that the profile looks for: the cluster has no such machine, or labels it otherwise",
+        r"untolerated taints? ?(?:\{([^}]*)\})?",
+        "the nodes for the {0} have taints that it does not tolerate: {1}",
+        "add them to tolerations in a profile of your own beside the job (profiles/NAME.yaml), then submit again",
+    ),
+    (
+        r"didn't match Pod's node affinity|didn't match node selector|other labels",
+        "no node has the labels that the {0}'s profile looks for: no such machine, or other labels",
         "kubectl get nodes --show-labels; put yours into a profile of your own beside the job (profiles/NAME.yaml)",
     ),
     (
         r"(unschedulable|not ready|unreachable)",
-        "the nodes that could take the {0} are {1}",
+        "the nodes for the {0} are {1}",
         "kubectl get nodes; wait until they are back, or kubectl uncordon them",
     ),
 )
-"""What the scheduler says of nodes → what has happened, and the cure. What is nearest to a fitting node comes first."""
+"""What the scheduler says of nodes → what has happened, and the cure. It looks at taints, then labels, then room, so
+what it says last of any node is nearest to a fit and comes first here."""
 
 
 def _taken(seen: Snapshot, objects: Objects) -> Iterator[Cause]:
