@@ -49,7 +49,7 @@ def remains(runs: Sequence[Run]) -> list[Remains]:
     with ThreadPoolExecutor(READERS) as pool:
         places = {place for found in pool.map(_places, runs) for place in found}
         there = [(place, *named) for place in places for named in _rayjobs(place)]
-        at_work = list(pool.map(lambda run: run.at_work() is not None, runs))
+        at_work = list(pool.map(_at_work, runs))
     found = [
         Remains(run, busy, tuple((place, name) for place, name, url in there if url == run.url))
         for run, busy in zip(runs, at_work, strict=True)
@@ -73,6 +73,10 @@ def take_down(found: Iterable[Remains], say: Say) -> None:
         say(f"run {one.run.name} is down; its run directory stays: {one.run.url}")
     for place, names in leaving.items():
         _see_off(place, names, say)
+
+
+def _at_work(run: Run) -> bool:
+    return run.at_work() is not None
 
 
 def _places(run: Run) -> set[Place]:

@@ -112,15 +112,14 @@ def gather(run: Run) -> Snapshot:
     with ThreadPoolExecutor(8) as pool:
         objects = pool.submit(_objects, attempt) if attempt and on_kubernetes else None
         failure = pool.submit(run.failure, attempt)
-        paths = [path for path in files if path.startswith("logs/")]
-        logs = dict(zip(paths, pool.map(lambda path: _log(run, files[path]), paths), strict=True))
+        logs = {path: pool.submit(_log, run, files[path]) for path in files if path.startswith("logs/")}
         journal, seen = files.get("metrics.jsonl"), objects.result() if objects else None
         return Snapshot(
             time.time(),
             run.status((lambda _: _standing(seen)) if seen else None),
             attempt,
             failure.result(),
-            {path.removeprefix("logs/"): log for path, log in logs.items()},
+            {path.removeprefix("logs/"): log.result() for path, log in logs.items()},
             journal.modified if journal else None,
             seen,
         )
@@ -197,10 +196,10 @@ def waits_for_node(pod: Json) -> str | None:
 
 
 def _node(node: Json) -> Json:
-    metadata, spec = node["metadata"], inside(node, "spec") or {}
+    metadata = node["metadata"]
     return {
         "metadata": {"name": metadata["name"], "labels": metadata.get("labels") or {}},
-        "spec": {"taints": spec.get("taints") or [], "unschedulable": spec.get("unschedulable", False)},
+        "spec": {"taints": inside(node, "spec", "taints") or []},
     }
 
 

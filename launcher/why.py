@@ -88,7 +88,7 @@ _TEXTS: tuple[tuple[str, str, str], ...] = (
     (
         r"CUDA out of memory|torch\.OutOfMemoryError|CUDA error: out of memory",
         "the GPU ran out of memory",
-        "lower train.batch.micro_seconds, set train.gradient_checkpointing: true, or take a profile with more GPU memory",
+        "lower train.batch.micro_seconds, set train.gradient_checkpointing: true, or take GPUs with more memory",
     ),
     (
         r"Bus error|SIGBUS|/dev/shm|shared memory (segment|object|file)|posix_fallocate",
@@ -197,7 +197,7 @@ _REFUSALS = (
     (
         r"exceeded quota: ([\w.-]+),",
         "the namespace's ResourceQuota {0} leaves no room for the run's pods",
-        "end other runs (utaforge list, utaforge down), ask for more, or take fewer cluster.workers or a smaller profile",
+        "take other runs down (utaforge list), ask for more, or take fewer cluster.workers or a smaller profile",
     ),
     (
         r'serviceaccount "([^"]+)" not found',
@@ -252,7 +252,7 @@ def _container(objects: Objects, pod: Json) -> Iterator[Cause]:
 def _ended(kind: str, container: Json, ended: Json) -> Iterator[Cause]:
     code, reason = ended.get("exitCode"), ended.get("reason")
     evidence = f"{kind}: container {container['name']} ended: {reason}, exit code {code}"
-    if reason == "OOMKilled" or code == 137 and reason == "Error":
+    if reason == "OOMKilled" or (code == 137 and reason == "Error"):
         yield Cause(
             f"the {kind} ran out of memory" if reason == "OOMKilled" else f"the {kind} was killed",
             evidence,
@@ -286,10 +286,14 @@ def _image(image: str, message: str) -> Cause:
         )
     if re.search(r"[Nn]ot ?[Ff]ound|manifest unknown|does not exist", message):
         return Cause(
-            f"there is no image {image}", message, "push it (make image PUSH=1), or correct cluster.image and submit again"
+            f"there is no image {image}",
+            message,
+            "push it (make image PUSH=1), or correct cluster.image and submit again",
         )
     return Cause(
-        f"the image {image} cannot be pulled", message, "see that the nodes reach the registry, by this name and over TLS"
+        f"the image {image} cannot be pulled",
+        message,
+        "see that the nodes reach its registry, by this name and over TLS",
     )
 
 
@@ -297,12 +301,11 @@ def _scheduling(objects: Objects) -> Iterator[Cause]:
     """Pods that no node takes; what no waiting cures comes first."""
     waiting = [(pod, message) for pod in objects.pods if (message := waits_for_node(pod))]
     for pod, message in sorted(waiting, key=lambda item: "Insufficient" in item[1]):
-        told = message
-        if objects.nodes and "untolerated taint" in message and not (taints := _taints(objects.nodes, pod)):
-            told = message.replace("untolerated taint", "other labels and a taint")
-        elif objects.nodes and "untolerated taint" in message:
-            told = re.sub(r"untolerated taint\(?s?\)?", f"untolerated taints {{{taints}}}", message)
-        yield _unschedulable(_kind(pod), told)
+        if objects.nodes:
+            taints = _taints(objects.nodes, pod)
+            told = f"untolerated taints {{{taints}}}" if taints else "other labels, and a taint"
+            message = re.sub(r"untolerated taint(\(s\))?", told, message)
+        yield _unschedulable(_kind(pod), message)
 
 
 def _taints(nodes: list[Json], pod: Json) -> str:
@@ -316,7 +319,7 @@ def _unschedulable(kind: str, message: str) -> Cause:
     told = re.split(r" (?:preemption:|no new claims)", message)[0].strip()
     for pattern, what, cure in _OBSTACLES:
         if match := re.search(pattern, told):
-            return Cause(what.format(kind, *match.groups()), told, cure)
+            return Cause(what.format(kind, *match.groups("")).strip(), told, cure)
     return Cause(f"no node takes the {kind}", told, "see the message; kubectl describe nodes tells what they have")
 
 
@@ -333,7 +336,7 @@ _OBSTACLES = (
     ),
     (
         r"untolerated taints? ?(?:\{([^}]*)\})?",
-        "the nodes for the {0} have taints that it does not tolerate: {1}",
+        "the nodes for the {0} have taints that it does not tolerate {1}",
         "add them to tolerations in a profile of your own beside the job (profiles/NAME.yaml), then submit again",
     ),
     (
@@ -402,13 +405,19 @@ def _verdict(objects: Objects, rayjob: Json) -> Iterator[Cause]:
             f"RayJob: {state or 'not started'}, spec.suspend: {json.dumps(rayjob['spec'].get('suspend', False))}",
             "wait; the queue's own state (kubectl describe localqueue) tells for what",
         )
-    if lost := int(status.get("failed") or 0):
+    lost = int(status.get("failed") or 0)
+    if state == "Failed" and reason == "AppFailed":
+        known = _known(message)
+        yield Cause(
+            known[0] if known else "the program failed", told, known[1] if known else f"see the logs; {_GIVEN_BACK}"
+        )
+    elif lost:
         most = int(rayjob["spec"].get("backoffLimit") or 0) + 1
         over = standing(rayjob).over
         yield Cause(
             f"{'all' if over and lost >= most else lost} of {most} clusters were lost: their head was gone",
             told or f"RayJob: failed {lost}",
-            _GIVEN_BACK if over else "nothing: KubeRay makes the next one, and the run goes on from its last checkpoint",
+            _GIVEN_BACK if over else "nothing: KubeRay makes the next one, which goes on at the last checkpoint",
         )
     elif state == "Failed" and "eadline" not in reason:
         yield Cause("the program failed without a word", told, f"see the logs; {_GIVEN_BACK}")
@@ -450,8 +459,8 @@ def _hang(seen: Snapshot) -> Iterator[Cause]:
     yield Cause(
         f"it hangs: nothing was heard of it for {silent / 60:.0f} minutes",
         f"{name}, {silent / 60:.0f} minutes ago: {last}",
-        "wait: after ten minutes without an answer Ray Train starts the ranks again from the last checkpoint, and after "
-        "an hour whatever waits for another rank; or utaforge cancel, and submit again",
+        "wait: a rank that does not answer is started again after ten minutes, one that waits for another after an "
+        "hour; or utaforge cancel, and submit again: it continues at the last checkpoint",
     )
 
 
