@@ -75,6 +75,9 @@ fix: $(READY) ## what the linters can repair
 bench: $(READY) ## measure, and write tests/bench/results
 	@$(BIN)/python -m tests.bench
 
+bench-launcher: $(READY) ## how long plan, status, why, list and a submit to Kubernetes take
+	@$(BIN)/python -m tests.bench launcher
+
 demo-base: $(READY) ## make builtin:pocket again (codebooks and base network)
 	@$(BIN)/python -m trainer.builtin
 
@@ -91,4 +94,4 @@ lock: $(READY) ## resolve requirements.lock again
 clean: ## remove .venv and caches; runs, datasets and MLflow's records stay
 	@rm -rf .venv .utaforge/cache
 
-.PHONY: help setup submit plan prepare list doctor ui test test-kubernetes cluster-up cluster-down check fix bench demo-base goldens lock clean
+.PHONY: help setup submit plan prepare list doctor ui test test-kubernetes cluster-up cluster-down check fix bench bench-launcher demo-base goldens lock clean
