@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from statistics import median
 from typing import Any
 
@@ -15,6 +16,8 @@ from launcher.snapshot import Objects, Snapshot, waits_for_node, when
 
 QUIET_SECONDS = 300.0
 """A run that trains and from which nothing is heard for so long, and for ten times its usual pause, hangs."""
+UNSEEN_SECONDS = 30.0
+"""KubeRay takes up a RayJob within a second where it runs at all."""
 _GIVEN_BACK = "submitting the job again continues at the last checkpoint"
 
 
@@ -91,7 +94,7 @@ _TEXTS: tuple[tuple[str, str, str], ...] = (
         "lower train.batch.micro_seconds, set train.gradient_checkpointing: true, or take GPUs with more memory",
     ),
     (
-        r"Bus error|SIGBUS|/dev/shm|shared memory (segment|object|file)|posix_fallocate",
+        r"Bus error|/dev/shm|shared memory (segment|object|file)|posix_fallocate",
         "a pod ran out of shared memory (/dev/shm)",
         "it has a quarter of the profile's ram_gib: write a profile of your own with more",
     ),
@@ -168,7 +171,7 @@ def _on_kubernetes(seen: Snapshot) -> Iterator[Cause]:
     yield from _scheduling(objects)
     yield from _taken(seen, objects)
     if objects.rayjob:
-        yield from _verdict(objects, objects.rayjob)
+        yield from _verdict(objects, objects.rayjob, seen.now)
     elif not seen.attempt or not seen.attempt.stopped:
         yield Cause(
             "its RayJob is gone: somebody has deleted it",
@@ -381,9 +384,15 @@ def _preempted(kind: str, evidence: str) -> Cause:
     )
 
 
-def _verdict(objects: Objects, rayjob: Json) -> Iterator[Cause]:
+def _verdict(objects: Objects, rayjob: Json, now: float) -> Iterator[Cause]:
     """What KubeRay says of the whole."""
     status: Json = inside(rayjob, "status") or {}
+    if not status and now - _seconds(rayjob["metadata"]["creationTimestamp"]) > UNSEEN_SECONDS:
+        yield Cause(
+            "KubeRay has not looked at the RayJob yet",
+            f"RayJob {rayjob['metadata']['name']}, made {rayjob['metadata']['creationTimestamp']}: no status",
+            "see that its operator runs and watches this namespace; its log (kuberay-operator) may say why",
+        )
     state, reason, message = (str(status.get(name) or "") for name in ("jobDeploymentStatus", "reason", "message"))
     told = ": ".join(part for part in ("RayJob", state, reason, message.strip()[-500:]) if part)
     if state == "ValidationFailed":
@@ -415,12 +424,16 @@ def _verdict(objects: Objects, rayjob: Json) -> Iterator[Cause]:
         most = int(rayjob["spec"].get("backoffLimit") or 0) + 1
         over = standing(rayjob).over
         yield Cause(
-            f"{'all' if over and lost >= most else lost} of {most} clusters were lost: their head was gone",
+            f"{lost} of {most} clusters were lost: the head was gone, or pods did not come up in time",
             told or f"RayJob: failed {lost}",
             _GIVEN_BACK if over else "nothing: KubeRay makes the next one, which goes on at the last checkpoint",
         )
     elif state == "Failed" and "eadline" not in reason:
         yield Cause("the program failed without a word", told, f"see the logs; {_GIVEN_BACK}")
+
+
+def _seconds(clock: str) -> float:
+    return datetime.fromisoformat(clock).timestamp()
 
 
 def _kept(objects: Objects) -> Iterator[Cause]:

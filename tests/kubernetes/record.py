@@ -23,8 +23,8 @@ KEPT: dict[str, tuple[str, ...]] = {
                "lastTimestamp", "eventTime"),
     "quotas": ("metadata.name", "status"),
     "nodes": ("metadata", "spec"),
-    "rayjob": ("metadata.name", "metadata.labels", "metadata.annotations", "spec.suspend", "spec.backoffLimit",
-               "status"),
+    "rayjob": ("metadata.name", "metadata.creationTimestamp", "metadata.labels", "metadata.annotations", "spec.suspend",
+               "spec.backoffLimit", "status"),
 }  # fmt: skip
 ADDRESSES = ((r"10\.\d+\.\d+\.\d+:5000", "registry.example"), (r"10\.\d+\.\d+\.\d+:5001", "private.example"),
              (r"10\.\d+\.\d+\.\d+", "192.0.2.1"))  # fmt: skip
