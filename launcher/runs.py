@@ -157,7 +157,7 @@ class Run:
         """The submission that is at work now; None if there is none."""
         files = self.files()
         attempt = self._attempt(files)
-        return attempt if attempt and self._is_alive(attempt, files, self.ask) else None
+        return attempt if attempt and self._state(attempt, files, self.ask) == "running" else None
 
     def newest_commit(self) -> int:
         """Step of the newest checkpoint that is whole; 0 without one."""
@@ -225,8 +225,8 @@ class Run:
             state, step = "finished", job["train"]["steps"]
         elif failure:
             state = "failed"
-        elif attempt and self._is_alive(attempt, files, ask or self.ask):
-            state = "running"
+        elif attempt:
+            state = self._state(attempt, files, ask or self.ask)
         if state in ("failed", "stopped"):
             step = _newest_commit(files)
         heard = max(heard, attempt.time if attempt else 0.0)
@@ -239,8 +239,8 @@ class Run:
             loss=loss,
             attempts=attempt.number if attempt else 0,
             backend=attempt.backend if attempt else None,
-            problem=failure["problem"] if failure else None,
-            cure=failure["cure"] if failure else None,
+            problem=failure["problem"] if failure else "its program failed" if state == "failed" else None,
+            cure=failure["cure"] if failure else f"see utaforge why {self.name}" if state == "failed" else None,
             updated=_clock(heard) if heard else None,
         )
 
@@ -299,24 +299,23 @@ class Run:
             updated=_clock(result["time"]),
         )
 
-    def _is_alive(
-        self, attempt: Attempt, files: Mapping[str, Entry], ask: Callable[[Attempt], JobStatus | None]
-    ) -> bool:
+    def _state(self, attempt: Attempt, files: Mapping[str, Entry], ask: Callable[[Attempt], JobStatus | None]) -> State:
+        """How an attempt stands that has left neither a result nor a failure: its cluster knows, or silence tells."""
         if _RESULT in files or attempt.stopped:
-            return False
+            return "stopped"
+        journal = files.get(_JOURNAL)
+        heard = max(attempt.time, journal.modified if journal else 0.0)
         if _reachable(attempt):
             try:
                 status = ask(attempt)
             except ClusterError:
                 if attempt.backend == "local":
-                    return False
+                    return "stopped"
             else:
                 if status:
-                    return not status.over
-                return time.time() - attempt.time < _SILENT_SECONDS  # it may be about to be submitted
-        journal = files.get(_JOURNAL)
-        heard = max(attempt.time, journal.modified if journal else 0.0)
-        return time.time() - heard < _SILENT_SECONDS
+                    return "failed" if status.state == "failed" else "stopped" if status.over else "running"
+                heard = attempt.time  # it may be about to be submitted
+        return "running" if time.time() - heard < _SILENT_SECONDS else "stopped"
 
     def _attempt(self, files: Mapping[str, Entry]) -> Attempt | None:
         newest = max((path for path in files if path.startswith(f"{_ATTEMPTS}/")), default=None)

@@ -358,20 +358,25 @@ what it says last of any node is nearest to a fit and comes first here."""
 
 
 def _taken(seen: Snapshot, objects: Objects) -> Iterator[Cause]:
-    """Workers that were taken away while the run was at work."""
+    """Pods of the cluster at work that were taken away."""
+    if seen.status.state != "running" or objects.rayjob is None:
+        return
+    own = f"-{(inside(objects.rayjob, 'status', 'rayClusterName') or '').rpartition('-')[2]}-"
     for pod in objects.pods:
+        if own not in pod["metadata"]["name"]:
+            continue
         disrupted = next(
             (each for each in inside(pod, "status", "conditions") or () if each["type"] == "DisruptionTarget"), None
         )
         if disrupted:
             yield _preempted(_kind(pod), f"{disrupted.get('reason')}: {disrupted.get('message', '')}")
-        elif pod["metadata"].get("deletionTimestamp") and seen.status.state == "running" and _kind(pod) == "worker":
-            yield _preempted("worker", f"pod {pod['metadata']['name']} is being deleted")
+        elif pod["metadata"].get("deletionTimestamp"):
+            yield _preempted(_kind(pod), f"pod {pod['metadata']['name']} is being deleted")
     here = {pod["metadata"]["name"] for pod in objects.pods}
     for event in objects.events:
         gone = event["involvedObject"].get("name", "")
         if event["reason"] in ("Killing", "Preempted", "TaintManagerEviction", "Evicted", "NodeNotReady") and (
-            gone not in here and "-worker-" in gone and seen.status.state == "running"
+            gone not in here and "-worker-" in gone and own in gone
         ):
             yield _preempted("worker", f"{when(event)} {gone}: {event['reason']}: {event['message']}")
 

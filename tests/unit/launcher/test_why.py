@@ -54,6 +54,12 @@ def first(name: str) -> Cause:
         ),
         ("nan", "step 2: the loss is nan; the weights are those of step 1", "driver.log: ", "lower train.optimizer.lr"),
         ("store-denied", "the store refuses the run", "SignatureDoesNotMatch", "cluster.secrets"),
+        (
+            "closed",
+            "the registry does not give private.example/utaforge-trainer:dev2 to the cluster",
+            "401 Unauthorized",
+            "cluster.pull_secrets",
+        ),
         ("preempted", "a worker was taken away", "-worker-", "go on from the last checkpoint"),
     ],
 )
@@ -64,6 +70,13 @@ def test_the_likeliest_cause_names_what_happened_shows_it_and_says_what_to_do(
     assert cause.what == what
     assert evidence in cause.evidence
     assert cure in cause.cure
+
+
+def test_a_head_that_is_gone_is_told_beside_what_keeps_the_next_one() -> None:
+    assert [cause.what for cause in diagnose(snapshot("head-lost"))] == [
+        "no node has enough free memory for the worker",
+        "1 of 3 clusters were lost: the head was gone, or pods did not come up in time",
+    ]
 
 
 def test_what_a_queue_holds_back_is_said_to_wait_there() -> None:
