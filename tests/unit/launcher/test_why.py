@@ -88,11 +88,7 @@ def test_what_a_queue_holds_back_is_said_to_wait_there() -> None:
 
 
 def test_a_deadline_is_told_by_what_kept_the_pods_where_they_never_came_up() -> None:
-    late = _with_rayjob("gone", {"jobDeploymentStatus": "Failed", "reason": "PreRunningDeadlineExceeded"})
-    assert late.objects
-    late.objects.pods.clear()
-    late.objects.clusters.clear()
-    assert [cause.what for cause in diagnose(late)][:2] == [
+    assert [cause.what for cause in diagnose(snapshot("late"))][:2] == [
         "there is no image registry.example/utaforge-trainer:gone",
         "its pods did not come up in time",
     ]
