@@ -76,7 +76,7 @@ bench: $(READY) ## measure, and write tests/bench/results
 	@$(BIN)/python -m tests.bench
 
 bench-launcher: $(READY) ## how long plan, status, why, list and a submit to Kubernetes take
-	@$(BIN)/python -m tests.bench launcher
+	@$(BIN)/python -m tests.bench launcher $(if $(KUBECONFIG),kubernetes)
 
 demo-base: $(READY) ## make builtin:pocket again (codebooks and base network)
 	@$(BIN)/python -m trainer.builtin

@@ -1,7 +1,7 @@
-"""How long the commands take, and a run's way to its workers' first line on Kubernetes ÷ a hand-written RayJob's.
+"""How long the commands take, over a thousand runs.
 
-The last two need a cluster as ``tests/kubernetes`` brings it up (``python -m tests.kubernetes.cluster env``), with the
-trainer's image in ``UTAFORGE_TEST_REGISTRY``; without one only the commands are measured, over runs in a folder.
+The runs lie in S3 where ``UTAFORGE_TEST_S3`` names a server (``python -m tests.kubernetes.cluster env``), else in a
+folder.
 """
 
 import json
