@@ -115,6 +115,9 @@ bench: $(READY) ## measure, and write tests/bench/results
 bench-gpu: $(READY) ## LoRA steps beside plain PEFT, on the GPU if there is one: make bench-gpu FAMILIES="musicgen songbloom"
 	@$(BIN)/python -m tests.bench.gpu $(FAMILIES)
 
+bench-launcher: $(READY) ## how long plan, status, why, list and a submit to Kubernetes take
+	@$(BIN)/python -m tests.bench launcher $(if $(KUBECONFIG),kubernetes)
+
 demo-base: $(READY) ## make builtin:pocket again (codebooks and base network)
 	@$(BIN)/python -m trainer.builtin
 
@@ -134,4 +137,4 @@ lock: $(READY) ## resolve requirements.lock again, and from it what the images h
 clean: ## remove .venv and caches; runs, datasets and MLflow's records stay
 	@rm -rf .venv .utaforge/cache
 
-.PHONY: help setup submit plan prepare list doctor ui test check fix bench bench-gpu demo-base goldens lock clean test-kubernetes cluster-up cluster-down image up down
+.PHONY: help setup submit plan prepare list doctor ui test check fix bench bench-gpu demo-base goldens lock clean test-kubernetes cluster-up cluster-down image up down bench-launcher

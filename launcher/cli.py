@@ -288,6 +288,49 @@ def generate(
 
 @cli.command()
 @click.argument("run_name", metavar="RUN")
+@_store_options
+@_json
+def why(run_name: str, store_url: str | None, job_path: str | None, as_json: bool) -> None:
+    """Why a run stands as it does: causes, what shows them, and their cures."""
+    from launcher import show
+    from launcher.snapshot import gather
+    from launcher.why import diagnose
+
+    seen = gather(_run(run_name, store_url, job_path))
+    causes = diagnose(seen)
+    if as_json:
+        show.as_json({"run": seen.status.as_json(), "causes": [cause.as_json() for cause in causes]})
+    else:
+        show.why(seen.status, causes)
+
+
+@cli.command()
+@click.argument("run_name", metavar="RUN", required=False)
+@click.option("--all", "every", is_flag=True, help="All runs in the store.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_store_options
+def down(run_name: str | None, every: bool, yes: bool, store_url: str | None, job_path: str | None) -> None:
+    """Stop runs and remove all that they have on clusters; their run directories stay."""
+    from launcher.down import remains, take_down
+    from launcher.runs import Run, runs_of
+
+    if (run_name is None) != every:
+        raise click.UsageError("name a RUN, or give --all")
+    place = runs_of(_store(store_url, job_path))
+    runs = [_run(run_name, store_url, job_path)] if run_name else [Run(place.at(name)) for name in place.folders()]
+    found = remains(runs)
+    for one in found:
+        click.echo(str(one))
+    if not found:
+        click.echo("nothing is left of " + (f"run {run_name}" if run_name else f"the runs in {place.url}"))
+        return
+    if not yes:
+        click.confirm("Remove it? Run directories stay.", abort=True)
+    take_down(found, click.echo)
+
+
+@cli.command()
+@click.argument("run_name", metavar="RUN")
 @click.option("--to", "to_url", metavar="URL", required=True, help="An empty folder.")
 @click.option("--step", metavar="STEP", default="last", help="best, last or a number.")
 @_store_options

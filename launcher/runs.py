@@ -6,20 +6,24 @@ import math
 import os
 import re
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from launcher.backends.base import Backend, Jobs
+from launcher.backends.base import Backend, Jobs, JobStatus
 from launcher.backends.ray_jobs import RayJobs
 from trainer.spec import Job, dump_job, job_from_json
 from trainer.spec.errors import ClusterError, JobError, StoreError, UtaforgeError
-from trainer.store import Store, open_store
+from trainer.store import Entry, Store, open_store
+
+if TYPE_CHECKING:
+    from launcher.backends.kubernetes import KubernetesJobs
 
 State = Literal["finished", "running", "failed", "stopped"]
 MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"), ("retrain",))
@@ -27,7 +31,13 @@ MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"), ("retrain",)
 ANSWER_SECONDS = 3.0
 """How long a cluster is waited for when only its state is wanted."""
 STOP_SECONDS = 60.0
+READERS = 32
+"""Requests at once: a list of runs waits for the store, not for this machine."""
+TAIL_BYTES = 1 << 16
 _ATTEMPTS, _COMMITS, _JOURNAL = "attempts", "checkpoints", "metrics.jsonl"
+_RESULT, _FAILURE = "result.json", "failure.json"
+_TOLD = {"steps", "loss", "attempt", "backend", "time"}
+"""What a result says for a list of runs; those of earlier versions do not."""
 _RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -106,6 +116,10 @@ class Status:
         return self.state if self.state == "finished" else f"{self.state} at step {self.step} of {self.steps}"
 
 
+class NoRun(StoreError):
+    """What was taken for a run directory is none."""
+
+
 class Run:
     """One run directory.
 
@@ -126,12 +140,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it has its result."""
-        return self.store.exists("result.json")
+        return self.store.exists(_RESULT)
 
     @property
     def result(self) -> dict[str, Any] | None:
         """What it came to, once finished."""
-        return _json(self.store.get_or_none("result.json"))
+        return _json(self.store.get_or_none(_RESULT))
 
     def attempts(self) -> int:
         """Submissions so far."""
@@ -139,16 +153,20 @@ class Run:
 
     def newest_attempt(self) -> Attempt | None:
         """The last submission, or None if there was none."""
-        paths = [entry.path for entry in self.store.list(_ATTEMPTS)]
-        return Attempt(**json.loads(self.store.get(paths[-1]))) if paths else None
+        return self._attempt({entry.path: entry for entry in self.store.list(_ATTEMPTS)})
+
+    def every_attempt(self) -> list[Attempt]:
+        """All submissions, from the first."""
+        return [Attempt(**json.loads(self.store.get(entry.path))) for entry in self.store.list(_ATTEMPTS)]
+
+    def at_work(self) -> Attempt | None:
+        """The submission that is at work now; None if there is none."""
+        attempt, running = self._newest()
+        return attempt if running else None
 
     def newest_commit(self) -> int:
         """Step of the newest checkpoint that is whole; 0 without one."""
-        place = self.store.at(_COMMITS)
-        for name in reversed(place.folders()):
-            if re.fullmatch(r"step-\d+", name) and place.exists(f"{name}/manifest.json"):
-                return int(name.removeprefix("step-"))
-        return 0
+        return _newest_commit({entry.path: entry for entry in self.store.list(_COMMITS)})
 
     def begin_attempt(self, backend: Backend, jobs: Jobs) -> Attempt:
         """Claim this run for a submission to ``jobs``, which is to be made under ``Attempt.submission``.
@@ -184,35 +202,53 @@ class Run:
 
     def refuse_if_running(self) -> Attempt | None:
         """The newest attempt, which has ended; raises ``Busy`` if it is at work: never two at once."""
-        attempt = self.newest_attempt()
-        if attempt and self._is_alive(attempt):
+        attempt, running = self._newest()
+        if attempt and running:
             raise _busy(self.name, f"on {attempt.host} since {_clock(attempt.time)} (attempt {attempt.number})")
         return attempt
 
-    def status(self) -> Status:
-        """How it stands, from what is stored and what its cluster says."""
-        attempt, result = self.newest_attempt(), self.result
-        step, loss, heard = _last_metrics(self.store.get_or_none(_JOURNAL))
-        failure = None if result else self.failure(attempt)
+    def files(self) -> dict[str, Entry]:
+        """Everything that is stored of it, by path: one request."""
+        return {entry.path: entry for entry in self.store.list()}
+
+    def status(self, ask: "Callable[[Attempt], JobStatus | None] | None" = None) -> Status:
+        """How it stands, from what is stored and what its cluster says.
+
+        Args:
+            ask: how the program of an attempt stands, if its cluster was asked already.
+
+        Raises:
+            NoRun: it is a folder without a job.
+        """
+        if (result := self.result) and result.keys() >= _TOLD:
+            return self._finished(result)
+        files = self.files()
+        if "job.json" not in files:
+            raise NoRun(f"{self.url} is no run: it has no job.json", "see utaforge list")
+        attempt, job = self._attempt(files), json.loads(self.store.get("job.json"))
+        step, loss, heard = self._last_metrics(files.get(_JOURNAL))
+        failure = self.failure(attempt) if _FAILURE in files and _RESULT not in files else None
         state: State = "stopped"
-        if result:
-            state, step = "finished", self.job.train.steps
-        elif attempt and self._is_alive(attempt):
-            state = "running"
-        else:
-            state, step = ("failed" if failure else "stopped"), self.newest_commit()
+        if _RESULT in files:
+            state, step = "finished", job["train"]["steps"]
+        elif failure:
+            state = "failed"
+        elif attempt:
+            state = self._state(attempt, files, ask or self.ask)
+        if state in ("failed", "stopped"):
+            step = _newest_commit(files)
         heard = max(heard, attempt.time if attempt else 0.0)
         return Status(
             name=self.name,
             url=self.url,
             state=state,
             step=step,
-            steps=self.job.train.steps,
+            steps=job["train"]["steps"],
             loss=loss,
             attempts=attempt.number if attempt else 0,
             backend=attempt.backend if attempt else None,
-            problem=failure["problem"] if failure and state == "failed" else None,
-            cure=failure["cure"] if failure and state == "failed" else None,
+            problem=failure["problem"] if failure else "its program failed" if state == "failed" else None,
+            cure=failure["cure"] if failure else f"see utaforge why {self.name}" if state == "failed" else None,
             updated=_clock(heard) if heard else None,
         )
 
@@ -222,8 +258,8 @@ class Run:
         Raises:
             ClusterError: it is not running, or it runs where this machine cannot reach it, or it would not stop.
         """
-        attempt = self.newest_attempt()
-        if attempt is None or not self._is_alive(attempt):
+        attempt = self.at_work()
+        if attempt is None:
             raise ClusterError(f"run {self.name} is not running: it is {self.status()}", "there is nothing to cancel")
         if attempt.backend == "local" and attempt.host != socket.gethostname():
             raise ClusterError(
@@ -240,8 +276,8 @@ class Run:
 
     def live_log(self) -> Iterator[str] | None:
         """Lines of the attempt at work, as they come, from its first; None if the run is not running within reach."""
-        attempt = self.newest_attempt()
-        if attempt is None or self.finished or not _reachable(attempt) or not self._is_alive(attempt):
+        attempt = self.at_work()
+        if attempt is None or not _reachable(attempt):
             return None
         return self._jobs(attempt).follow(attempt.submission)
 
@@ -252,29 +288,64 @@ class Run:
             for entry in self.store.list("logs")
         }
 
-    def _is_alive(self, attempt: Attempt) -> bool:
-        if self.finished or attempt.stopped:
-            return False
+    def ask(self, attempt: Attempt) -> JobStatus | None:
+        """How the program of ``attempt`` stands, from its cluster; None if that has never heard of it."""
+        return self._jobs(attempt).status(attempt.submission)
+
+    def _finished(self, result: Mapping[str, Any]) -> Status:
+        return Status(
+            name=self.name,
+            url=self.url,
+            state="finished",
+            step=result["steps"],
+            steps=result["steps"],
+            loss=result["loss"],
+            attempts=result["attempt"],
+            backend=result["backend"],
+            problem=None,
+            cure=None,
+            updated=_clock(result["time"]),
+        )
+
+    def _newest(self) -> tuple[Attempt | None, bool]:
+        """The newest attempt, and whether that very one is at work."""
+        files = self.files()
+        attempt = self._attempt(files)
+        return attempt, attempt is not None and self._state(attempt, files, self.ask) == "running"
+
+    def _state(self, attempt: Attempt, files: Mapping[str, Entry], ask: Callable[[Attempt], JobStatus | None]) -> State:
+        """How an attempt stands that has left neither a result nor a failure: its cluster knows, or silence tells."""
+        if _RESULT in files or attempt.stopped:
+            return "stopped"
+        journal = files.get(_JOURNAL)
+        heard = max(attempt.time, journal.modified if journal else 0.0)
         if _reachable(attempt):
             try:
-                status = self._jobs(attempt).status(attempt.submission)
+                status = ask(attempt)
             except ClusterError:
                 if attempt.backend == "local":
-                    return False
+                    return "stopped"
             else:
                 if status:
-                    return not status.over
-        journal = next((entry for entry in self.store.list() if entry.path == _JOURNAL), None)
-        heard = max(attempt.time, journal.modified if journal else 0.0)
-        return time.time() - heard < _SILENT_SECONDS
+                    return "failed" if status.state == "failed" else "stopped" if status.over else "running"
+                heard = attempt.time  # it may be about to be submitted
+        return "running" if time.time() - heard < _SILENT_SECONDS else "stopped"
+
+    def _attempt(self, files: Mapping[str, Entry]) -> Attempt | None:
+        newest = max((path for path in files if path.startswith(f"{_ATTEMPTS}/")), default=None)
+        return Attempt(**json.loads(self.store.get(newest))) if newest else None
+
+    def _last_metrics(self, journal: Entry | None) -> tuple[int, float | None, float]:
+        """Of the journal's end; of all of it only where the end tells no loss."""
+        if journal is None:
+            return 0, None, 0.0
+        begin = max(0, journal.bytes - TAIL_BYTES)
+        found = _last_metrics(self.store.part(journal.path, begin, journal.bytes) if journal.bytes else b"")
+        return found if found[1] is not None or not begin else _last_metrics(self.store.get(journal.path))
 
     def _jobs(self, attempt: Attempt) -> Jobs:
         if attempt.backend == "kubernetes":
-            from launcher.backends.kubernetes import ANSWER_SECONDS as PATIENCE
-            from launcher.backends.kubernetes import KubernetesJobs
-            from launcher.backends.kubernetes_api import Api
-
-            return KubernetesJobs(attempt.namespace or "", Api(attempt.context, PATIENCE))
+            return _kubernetes(attempt)
         token = None
         if attempt.token_file and os.access(attempt.token_file, os.R_OK):
             token = Path(attempt.token_file).read_text()
@@ -282,7 +353,7 @@ class Run:
 
     def failure(self, attempt: Attempt | None) -> dict[str, Any] | None:
         """Why ``attempt`` cannot go on, if its trainer has said so."""
-        failure = _json(self.store.get_or_none("failure.json"))
+        failure = _json(self.store.get_or_none(_FAILURE))
         return failure if failure and attempt and failure["attempt"] == attempt.number else None
 
 
@@ -330,8 +401,9 @@ def all_runs(store_url: str) -> list[Status]:
     """How every run in a store stands, by name."""
     place = runs_of(store_url)
     runs = [Run(place.at(name)) for name in place.folders()]
-    with ThreadPoolExecutor(8) as pool:
-        return [status for status in pool.map(_status_or_none, runs) if status]
+    with ThreadPoolExecutor(READERS) as pool:
+        asked = partial(_status_or_none, ask=_Asked())
+        return [status for status in pool.map(asked, runs) if status]
 
 
 def create_or_resume(job: Job, plan: Mapping[str, Any], name: str | None = None) -> Chosen:
@@ -460,6 +532,19 @@ def _reachable(attempt: Attempt) -> bool:
     return attempt.backend != "local" or attempt.host == socket.gethostname()
 
 
+def _kubernetes(attempt: Attempt) -> "KubernetesJobs":
+    from launcher.backends.kubernetes import ANSWER_SECONDS as PATIENCE
+    from launcher.backends.kubernetes import KubernetesJobs
+    from launcher.backends.kubernetes_api import Api
+
+    return KubernetesJobs(attempt.namespace or "", Api(attempt.context, PATIENCE))
+
+
+def _newest_commit(files: Mapping[str, Entry]) -> int:
+    manifests = (re.fullmatch(rf"{_COMMITS}/step-(\d+)/manifest\.json", path) for path in files)
+    return max((int(match[1]) for match in manifests if match), default=0)
+
+
 def _path(attempt: Attempt) -> str:
     return f"{_ATTEMPTS}/{attempt.number:04d}.json"
 
@@ -468,10 +553,39 @@ def _dumped(attempt: Attempt) -> bytes:
     return json.dumps(asdict(attempt), indent=1).encode()
 
 
-def _status_or_none(run: Run) -> Status | None:
+class _Asked:
+    """How programs stand, where many are asked about: each namespace of a Kubernetes is listed once."""
+
+    def __init__(self) -> None:
+        self._listing = threading.Lock()
+        self._known: dict[tuple[str | None, str | None], dict[str, JobStatus] | ClusterError] = {}
+
+    def __call__(self, run: Run, attempt: Attempt) -> JobStatus | None:
+        if attempt.backend != "kubernetes":
+            return run.ask(attempt)
+        place = attempt.context, attempt.namespace
+        with self._listing:
+            if place not in self._known:
+                self._known[place] = _listed(attempt)
+        known = self._known[place]
+        if isinstance(known, ClusterError):
+            raise known
+        return known.get(attempt.submission)
+
+
+def _listed(attempt: Attempt) -> dict[str, JobStatus] | ClusterError:
+    try:
+        return _kubernetes(attempt).statuses()
+    except ClusterError as error:
+        return error
+
+
+def _status_or_none(run: Run, ask: _Asked) -> Status | None:
     """None for a folder that is no run; a run that cannot be read is shown as failed."""
     try:
-        return run.status() if run.store.exists("job.json") else None
+        return run.status(partial(ask, run))
+    except NoRun:
+        return None
     except (UtaforgeError, ValueError, KeyError, TypeError) as error:
         problem = error.problem if isinstance(error, UtaforgeError) else f"its files cannot be read: {error}"
         return Status(run.name, run.url, "failed", 0, 0, None, 0, None, problem, "restore or remove it", None)

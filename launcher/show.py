@@ -23,6 +23,7 @@ from launcher.rehearse import Rehearsal
 from launcher.retrain import Outcome as Retraining
 from launcher.runs import Run, Status
 from launcher.submit import Outcome
+from launcher.why import Cause
 
 Row = tuple[str, str]
 _COUNTED = re.compile(r"(?P<kind>step|prepared) (?P<done>\d+)/(?P<total>\d+)(?P<rest> .* left)$")
@@ -136,6 +137,18 @@ def runs(found: Sequence[Status], store_url: str) -> None:
         state = f"[{_STYLES[one.state]}]{one.state}[/]"
         table.add_row(one.name, state, f"{one.step}/{one.steps}", _loss(one.loss), str(one.attempts), one.updated or "")
     console().print(table)
+
+
+def why(found: Status, causes: Sequence[Cause]) -> None:
+    """Print how a run stands and why."""
+    out = console()
+    out.print(f"run {found.name}: [{_STYLES[found.state]}]{found}[/]")
+    if not causes:
+        out.print("nothing stands in its way" if found.state == "running" else "it went well")
+    for number, cause in enumerate(causes, 1):
+        out.print(f"{number}. {escape(cause.what)}", style="bold")
+        out.print(f"   seen in {escape(cause.evidence)}")
+        out.print(f"   → {escape(cause.cure)}")
 
 
 def checks(found: Sequence[Check]) -> None:

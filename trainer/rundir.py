@@ -73,8 +73,12 @@ class RunDirectory:
         self.store.create("data.json", json.dumps(pins, indent=1).encode())
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Leave the result, with paths relative to the run directory; from now on the run is finished, for ever."""
-        self.store.create(RESULT, json.dumps({"time": time.time(), **result}, indent=1).encode())
+        """Leave the result, with paths relative to the run directory; from now on the run is finished, for ever.
+
+        It says all that a list of runs tells, so that a finished run is read at once.
+        """
+        told = {"time": time.time(), "attempt": self.attempt, "backend": self.job.cluster.backend, **result}
+        self.store.create(RESULT, json.dumps(told, indent=1).encode())
 
     def report_failure(self, error: UtaforgeError) -> None:
         """Leave word of why the run cannot go on, for whoever asks later; never raises."""

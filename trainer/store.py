@@ -121,6 +121,14 @@ class Store:
                 _check_bucket(error)
                 return None
 
+    def part(self, path: str, begin: int, end: int) -> bytes:
+        """Bytes ``begin`` to ``end`` (exclusive) of an object; one that is not there is a ``StoreError``."""
+        with self._explained("read", path) as key:
+            try:
+                return bytes(obstore.get_range(self._client(), key, start=begin, end=end))
+            except FileNotFoundError:
+                raise self._missing(path) from None
+
     def exists(self, path: str) -> bool:
         """Whether the object is there."""
         with self._explained("read", path) as key:

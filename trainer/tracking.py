@@ -75,6 +75,14 @@ class Journal:
         """Append a file of the run directory (in the store already) that MLflow shall show."""
         self._append({"step": step, "time": time.time(), "artifact": path})
 
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric; None if there is none."""
+        for line in reversed(self.path.read_bytes().splitlines()):
+            value = json.loads(line).get("metrics", {}).get(key)
+            if value is not None:
+                return float(value)
+        return None
+
     def close(self, step: int, end: End) -> None:
         """Append how this attempt ended and mirror a last time; raises ``StoreError`` if the store refuses."""
         self._append({"step": step, "time": time.time(), "end": end})

@@ -195,6 +195,7 @@ class _Rank:
         self.run.finish(
             {
                 "steps": newest.step,
+                "loss": self.journal.last("train/loss"),
                 "loss_before": losses[min(losses)],
                 "loss_after": losses[max(losses)],
                 "best_step": best.step if best else None,

@@ -125,7 +125,12 @@ class KubernetesJobs:
     def status(self, submission: str) -> JobStatus | None:
         """See ``Jobs``."""
         rayjob = self._api.get(f"{self._path}/{submission}")
-        return _status(rayjob) if rayjob else None
+        return standing(rayjob) if rayjob else None
+
+    def statuses(self) -> dict[str, JobStatus]:
+        """How every submission in the namespace stands, by name."""
+        found = self._api.list(self._path, labelSelector=SUBMISSION)
+        return {rayjob["metadata"]["name"]: standing(rayjob) for rayjob in found}
 
     def follow(self, submission: str) -> Iterator[str]:
         """See ``Jobs``: the driver's log as the run directory has it, and before there is one, what pods wait for."""
@@ -135,7 +140,7 @@ class KubernetesJobs:
         lines = _Lines(rayjob)
         said: dict[str, str] = {}
         while rayjob:
-            over = _status(rayjob).over
+            over = standing(rayjob).over
             yield from lines.new()
             if over:
                 return
@@ -160,7 +165,7 @@ class KubernetesJobs:
     def _news(self, rayjob: Json, *, begun: bool) -> Iterator[tuple[str, str]]:
         """What happens outside of the driver: (what it is about, news)."""
         lost, most = int(inside(rayjob, "status", "failed") or 0), int(rayjob["spec"].get("backoffLimit") or 0) + 1
-        if lost and not _status(rayjob).over:
+        if lost and not standing(rayjob).over:
             yield "lost", f"cluster {lost} of at most {most} was lost; KubeRay makes the next one"
         if rayjob["spec"].get("suspend"):
             yield "queue", "waiting in the queue"
@@ -204,7 +209,7 @@ class _Lines:
             yield from new
 
 
-def _status(rayjob: Json) -> JobStatus:
+def standing(rayjob: Json) -> JobStatus:
     """From what KubeRay says: a program that ended itself as stopped has said why in the run directory."""
     status: Json = inside(rayjob, "status") or {}
     state, job = status.get("jobDeploymentStatus") or "", status.get("jobStatus") or ""

@@ -73,6 +73,10 @@ class Api:
                 return None
             raise
 
+    def text(self, path: str, **query: str) -> str:
+        """The plain text at ``path``: a log."""
+        return self._request("GET", path, query, None).decode("utf-8", "replace")
+
     def list(self, path: str, **query: str) -> list[Json]:
         """The items of the collection at ``path``; none if there is no such collection."""
         return list((self.get(path, **query) or {}).get("items") or ())
@@ -112,6 +116,9 @@ class Api:
             pause = min(2 * pause, 5.0)
 
     def _once(self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None) -> Json:
+        return _decoded(self._request(method, path, query, body))
+
+    def _request(self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None) -> bytes:
         import urllib3
 
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
@@ -128,10 +135,10 @@ class Api:
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self._unreachable(error) from None
-        told = _decoded(answer.data)
         if answer.status >= 400:
-            raise self._refusal(answer.status, str(told.get("message") or "no reason given"), path)
-        return told
+            told = _decoded(answer.data).get("message")
+            raise self._refusal(answer.status, str(told or "no reason given"), path)
+        return answer.data
 
     def _refusal(self, code: int, message: str, path: str) -> Refused:
         for pattern, cure in _CURES:

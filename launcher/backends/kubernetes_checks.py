@@ -216,8 +216,8 @@ def _nodes(api: Api, plan: Plan, rayjob: Manifest) -> Iterator[UtaforgeError]:
         if api.list("/apis/karpenter.sh/v1/nodepools"):
             return
     count, template = requests_of(rayjob)[1]
-    labelled = [node for node in nodes if _has_labels(node, template["spec"])]
-    open_to = [node for node in labelled if _lets_in(node, template["spec"])]
+    labelled = [node for node in nodes if has_labels(node, template["spec"])]
+    open_to = [node for node in labelled if lets_in(node, template["spec"])]
     room = sum(_room(node, template) for node in open_to)
     if room >= count:
         return
@@ -283,7 +283,8 @@ def _labels(node: Json) -> Mapping[str, str]:
     return inside(node, "metadata", "labels") or {}
 
 
-def _has_labels(node: Json, spec: Manifest) -> bool:
+def has_labels(node: Json, spec: Manifest) -> bool:
+    """Whether ``node`` has the labels that a pod's affinity asks for."""
     labels = _labels(node)
     required = inside(spec, "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution")
     terms: list[Any] = inside(required, "nodeSelectorTerms") or [{"matchExpressions": []}]
@@ -296,15 +297,16 @@ def _has_labels(node: Json, spec: Manifest) -> bool:
     )
 
 
-def _lets_in(node: Json, spec: Manifest) -> bool:
+def lets_in(node: Json, spec: Manifest) -> bool:
+    """Whether a pod tolerates the taints of ``node``."""
     taints: list[Json] = [each for each in inside(node, "spec", "taints") or () if each["effect"] != "PreferNoSchedule"]
     return all(any(_tolerates(each, taint) for each in inside(spec, "tolerations") or ()) for taint in taints)
 
 
 def _tolerates(toleration: Json, taint: Json) -> bool:
-    if toleration.get("effect") not in (None, taint["effect"]) or toleration["key"] != taint["key"]:
+    if toleration.get("effect") not in (None, taint["effect"]) or toleration.get("key", taint["key"]) != taint["key"]:
         return False
-    return toleration["operator"] == "Exists" or toleration.get("value") == taint.get("value", "")
+    return toleration.get("operator") == "Exists" or toleration.get("value") == taint.get("value", "")
 
 
 def _room(node: Json, template: Manifest) -> int:

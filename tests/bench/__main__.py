@@ -7,7 +7,7 @@ from importlib import import_module
 from .figure import Figure, machine, save, show
 
 USUAL = ("apparatus", "submit")
-LONG = ("fresh",)
+LONG = ("fresh", "launcher", "kubernetes")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from launcher.cli import run
 from launcher.doctor import examine
 from launcher.runs import create_or_resume
 from launcher.submit import Reader
+from tests.unit.launcher.test_runs import attempted
 from trainer.spec import Job
 
 HEAVY = ("torch", "ray", "numpy", "pyarrow", "mlflow", "transformers")
@@ -54,6 +55,35 @@ def test_cancelling_what_does_not_run_is_code_5(
     create_or_resume(job(), {})
     assert run(["cancel", "demo", "--store", store]) == 5
     assert "run demo is not running: it is stopped at step 0 of 120" in capsys.readouterr().err
+
+
+def test_why_shows_cause_evidence_and_cure(
+    job: Callable[..., Job], store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempted(create_or_resume(job(), {}).run, 1.0)
+    found = create_or_resume(job(), {}).run
+    failure = {"time": 2.0, "attempt": 1, "problem": "音が出ない", "cure": "弦を張る", "exit_code": 6}
+    found.store.put("failure.json", json.dumps(failure, ensure_ascii=False).encode())
+    assert run(["why", "demo", "--store", store]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "run demo: failed at step 0 of 120",
+        "1. 音が出ない",
+        "   seen in failure.json: exit code 6",
+        "   → 弦を張る",
+    ]
+    assert run(["why", "demo", "--store", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["causes"][0]["what"] == "音が出ない"
+
+
+def test_down_of_what_has_nothing_left_says_so_and_keeps_the_run_directory(
+    job: Callable[..., Job], store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempted(create_or_resume(job(), {}).run, 1.0)
+    assert run(["down", "demo", "--store", store]) == 0
+    assert capsys.readouterr().out == "nothing is left of run demo\n"
+    assert run(["down", "--all", "--store", store]) == 0
+    assert run(["status", "demo", "--store", store]) == 0
+    assert run(["down", "--store", store]) == 1
 
 
 def test_status_and_list_speak_json(

@@ -1,0 +1,115 @@
+"""Taking runs down: what they have on clusters goes, their run directories stay."""
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from launcher.backends.base import Say
+from launcher.backends.kubernetes_api import Api
+from launcher.render import inside
+from launcher.render.rayjob import GROUP, PLURAL, RUN, SUBMISSION, VERSION
+from launcher.runs import READERS, Run
+from trainer.spec.errors import ClusterError
+
+GONE_SECONDS = 300.0
+"""Workers have a grace period of two minutes, and Kubernetes takes its time to notice."""
+POLL_SECONDS = 0.5
+_RAYJOBS = f"/apis/{GROUP}/{VERSION}/namespaces/{{}}/{PLURAL}"
+_LEFT = (f"/apis/{GROUP}/{VERSION}/namespaces/{{}}/rayclusters", "/api/v1/namespaces/{}/pods")
+Place = tuple[str | None, str]
+"""Context of the kubeconfig, and namespace."""
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What there is of a run beside its run directory.
+
+    Attributes:
+        run: the run.
+        at_work: whether it runs.
+        rayjobs: what it has on Kubernetes: where, and the RayJob's name.
+    """
+
+    run: Run
+    at_work: bool
+    rayjobs: tuple[tuple[Place, str], ...]
+
+    def __str__(self) -> str:
+        named = [f"RayJob {name} in namespace {namespace}" for (_, namespace), name in self.rayjobs]
+        return f"run {self.run.name}: {', '.join([*(['at work'] if self.at_work else []), *named])}"
+
+
+def remains(runs: Sequence[Run]) -> list[Remains]:
+    """What there is of ``runs``; those of which nothing is left are not among them.
+
+    Raises:
+        ClusterError: a cluster that some of them were submitted to cannot be asked.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        places = {place for found in pool.map(_places, runs) for place in found}
+        there = [(place, *named) for place in places for named in _rayjobs(place)]
+        at_work = list(pool.map(_at_work, runs))
+    found = [
+        Remains(run, busy, tuple((place, name) for place, name, url in there if url == run.url))
+        for run, busy in zip(runs, at_work, strict=True)
+    ]
+    return [one for one in found if one.at_work or one.rayjobs]
+
+
+def take_down(found: Iterable[Remains], say: Say) -> None:
+    """End and remove ``found``; returns when no pod of it is left.
+
+    Raises:
+        ClusterError: a run is at work where this machine cannot end it, or something does not go.
+    """
+    leaving: dict[Place, list[str]] = {}
+    for one in found:
+        if one.at_work:
+            one.run.cancel()
+        for place, name in one.rayjobs:
+            Api(place[0]).delete(f"{_RAYJOBS.format(place[1])}/{name}")
+            leaving.setdefault(place, []).append(name)
+        say(f"run {one.run.name} is down; its run directory stays: {one.run.url}")
+    for place, names in leaving.items():
+        _see_off(place, names, say)
+
+
+def _at_work(run: Run) -> bool:
+    return run.at_work() is not None
+
+
+def _places(run: Run) -> set[Place]:
+    return {
+        (attempt.context, attempt.namespace or "") for attempt in run.every_attempt() if attempt.backend == "kubernetes"
+    }
+
+
+def _rayjobs(place: Place) -> list[tuple[str, str]]:
+    """(name, run's URL) of every RayJob of ours in a namespace."""
+    listed = Api(place[0]).list(_RAYJOBS.format(place[1]), labelSelector=SUBMISSION)
+    return [(each["metadata"]["name"], inside(each, "metadata", "annotations", RUN) or "") for each in listed]
+
+
+def _see_off(place: Place, names: Sequence[str], say: Say) -> None:
+    """Wait until what the RayJobs ``names`` owned is gone."""
+    api, namespace = Api(place[0]), place[1]
+    selectors = (f"ray.io/originated-from-cr-name in ({','.join(names)})", f"{SUBMISSION} in ({','.join(names)})")
+    deadline, said = time.monotonic() + GONE_SECONDS, 0
+    while True:
+        left = [
+            each["metadata"]["name"]
+            for path, selector in zip(_LEFT, selectors, strict=True)
+            for each in api.list(path.format(namespace), labelSelector=selector)
+        ]
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"these do not go from namespace {namespace}: {', '.join(left)}",
+                "see kubectl describe of them; a node may be gone: kubectl delete --force",
+            )
+        if len(left) != said:
+            said = len(left)
+            say(f"waiting until {said} objects in namespace {namespace} are gone: workers end politely")
+        time.sleep(POLL_SECONDS)

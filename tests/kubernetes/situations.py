@@ -1,0 +1,63 @@
+"""Runs that are sent to a real cluster without looking whether they can go well."""
+
+from pathlib import Path
+
+from launcher.backends import open_backend
+from launcher.plan import plan
+from launcher.runs import Run, create_or_resume
+from trainer.spec import load_job
+
+JOB = """\
+name: {name}
+store: {store}
+model: {{family: musicgen, pretrained: "builtin:pocket", segment_seconds: 10}}
+method: {{type: lora, rank: 8, targets: [q_proj, v_proj]}}
+data:
+  train: [{{dataset: {store}/datasets/歌}}]
+  validation: {{fraction: 0.25, by: song}}
+  prepare: {{source: {{type: demo, style: b, songs: 8}}}}
+train: {{steps: 40, batch: {{seconds: 40}}, optimizer: {{lr: 1.0e-2}}}}
+checkpoint: {{every: 10}}
+validation: {{every: 40, prompts: [{{tags: "元気な 祭り", seconds: 2, seed: 1}}]}}
+cluster:
+  backend: kubernetes
+  profile: tiny
+  workers: 1
+  namespace: {namespace}
+  image: {image}
+  secrets: [utaforge-store]
+"""
+TINY = "cores: 0.05\nram_gib: 2.5\ndisk_gib: 4\n"
+
+
+class Situations:
+    """Sends runs of a small job, from a folder with a profile for small pods.
+
+    Args:
+        folder: an empty one.
+        store: where the runs lie.
+        namespace: with a service account ``utaforge-trainer`` and a secret ``utaforge-store``.
+        image: of the trainer.
+    """
+
+    def __init__(self, folder: Path, store: str, namespace: str, image: str) -> None:
+        self._folder, self._job = folder, folder / "job.yaml"
+        self._fields = {"store": store, "namespace": namespace, "image": image}
+        (folder / "profiles").mkdir(exist_ok=True)
+        (folder / "profiles" / "tiny.yaml").write_text(TINY)
+
+    def profile(self, name: str, text: str) -> None:
+        """Put a profile beside the job."""
+        (self._folder / "profiles" / f"{name}.yaml").write_text(text)
+
+    def send(self, name: str, *overrides: str) -> Run:
+        """Submit a run called ``name``; returns once the cluster has accepted it."""
+        self._job.write_text(JOB.format(name=name, **self._fields), encoding="utf-8")
+        job = load_job(self._job, overrides)
+        planned = plan(job, self._folder)
+        run = create_or_resume(job, planned.as_json()).run
+        with open_backend(job, planned, {}) as backend:
+            jobs = backend.start(print)
+            attempt = run.begin_attempt(backend, jobs)
+            jobs.submit(attempt.submission, [backend.python, "-m", "trainer.driver", run.url])
+        return run
