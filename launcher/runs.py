@@ -167,9 +167,10 @@ class Run:
         """Claim this run for a submission to ``jobs``, which is to be made under ``Attempt.submission``.
 
         Raises:
-            ClusterError: somebody else claimed it at the same moment.
+            ClusterError: somebody else has claimed it, perhaps at the same moment.
         """
-        number = self.attempts() + 1
+        newest = self.refuse_if_running()
+        number = newest.number + 1 if newest else 1
         attempt = Attempt(
             number,
             time.time(),
@@ -194,10 +195,13 @@ class Run:
         """Whether somebody, anywhere, has stopped ``attempt``."""
         return bool(json.loads(self.store.get(_path(attempt))).get("stopped"))
 
-    def refuse_if_running(self) -> None:
-        """Raise ``ClusterError`` if a submission of this run is at work: never two at once."""
-        if attempt := self.at_work():
+    def refuse_if_running(self) -> Attempt | None:
+        """The newest attempt, which has ended; raises ``ClusterError`` if it is at work: never two at once."""
+        files = self.files()
+        attempt = self._attempt(files)
+        if attempt and self._state(attempt, files, self.ask) == "running":
             raise _busy(self.name, f"on {attempt.host} since {_clock(attempt.time)} (attempt {attempt.number})")
+        return attempt
 
     def files(self) -> dict[str, Entry]:
         """Everything that is stored of it, by path: one request."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from launcher.backends.base import Backend, Say
+from launcher.backends.ray_jobs import RayJobs
 from launcher.runs import Run, all_runs, create_or_resume, find_run
 from trainer.spec import ClusterError, Job, JobError, StoreError, job_from_json
 
@@ -160,3 +162,21 @@ def test_an_unknown_run_is_named_with_those_that_exist(job: Jobs, store: str) ->
     submitted(job())
     with pytest.raises(StoreError, match=r"there is no run 'nix' in .*; there are: demo"):
         find_run(store, "nix")
+
+
+def test_of_two_submissions_that_both_found_the_run_idle_one_gets_it(job: Jobs) -> None:
+    class Somewhere(Backend):
+        name = "local"
+
+        def start(self, say: Say) -> RayJobs:
+            return RayJobs("http://127.0.0.1:1")
+
+        def close(self) -> None: ...
+
+    backend, jobs = Somewhere(), RayJobs("http://127.0.0.1:1")
+    first, second = submitted(job()), submitted(job())
+    assert first.begin_attempt(backend, jobs).number == 1
+    elsewhere = {**json.loads(first.store.get("attempts/0001.json")), "host": "別の機械"}
+    put(first, "attempts/0001.json", elsewhere)
+    with pytest.raises(ClusterError, match="run demo is at work already, on 別の機械"):
+        second.begin_attempt(backend, jobs)
