@@ -28,6 +28,9 @@ Exit codes
   4    songs or a dataset cannot be used
   5    the cluster did not start, is out of reach, or lost the run
   6    training cannot go on
+  10   retrain: there was nothing to do
+  11   retrain: the candidate did not beat the champion
+  12   the run, or another retraining of the job, is at work
   130  interrupted; submit again to continue
 
 \b
@@ -103,14 +106,11 @@ def plan(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @_json
 def prepare(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Make a job's songs into shards, here and now; submit does it too where it is missing."""
-    from trainer.spec import dump_job, load_job
+    from launcher.retrain import prepare as make_shards
+    from trainer.spec import load_job
 
     job = load_job(job_path, overrides)
-    with tempfile.TemporaryDirectory(prefix="utaforge-") as folder:
-        resolved = Path(folder, "job.json")
-        resolved.write_text(dump_job(job), encoding="utf-8")
-        code = _trainer("trainer.data", str(resolved))
-    if code:
+    if code := make_shards(job, _trainer):
         raise click.exceptions.Exit(code)
     _tell_dataset(job, as_json)
 
@@ -143,6 +143,50 @@ def submit(job_path: str, overrides: tuple[str, ...], run_name: str | None, yes:
     with show.following() as say:
         outcome = submit_run(job, planned, chosen, say)
     show.summary(outcome, "" if _default_store() == job.store else f" --store {job.store}")
+
+
+@cli.command()
+@_job_argument
+def retrain(job_path: str, overrides: tuple[str, ...]) -> None:
+    """Train a job again from its champion, if there are new songs; promote what beats it. Asks nothing."""
+    from launcher import show
+    from launcher.retrain import retrain as retrain_job
+    from trainer.spec import load_job
+
+    job = load_job(job_path, overrides)
+    with show.following() as say:
+        outcome = retrain_job(job, _trainer, say)
+    show.retraining(job.name, outcome)
+    raise click.exceptions.Exit(outcome.exit_code)
+
+
+@cli.command()
+@click.argument("run_name", metavar="RUN")
+@_store_options
+def promote(run_name: str, store_url: str | None, job_path: str | None) -> None:
+    """Make a run its job's champion, whatever the gate said of it; also an older one again."""
+    found = _run(run_name, store_url, job_path)
+    raise click.exceptions.Exit(_trainer("trainer.gate", found.url, "--promote"))
+
+
+@cli.group()
+def render() -> None:
+    """Print Kubernetes manifests."""
+
+
+@render.command()
+@_job_argument
+@click.option("--image", metavar="IMAGE", help="The launcher's image.")
+@click.option("--secret", "secrets", multiple=True, metavar="NAME", help="Its keys become variables of the launcher.")
+def cronjob(job_path: str, overrides: tuple[str, ...], image: str | None, secrets: tuple[str, ...]) -> None:
+    """The CronJob that retrains a job in the cluster, on the schedule of its retrain section."""
+    from launcher.render.cronjob import IMAGE, as_yaml
+    from launcher.render.cronjob import cronjob as manifests
+    from trainer.spec import load_job
+
+    job = load_job(job_path, overrides, to_run=False)
+    text = Path(job_path).read_text(encoding="utf-8")
+    click.echo(as_yaml(manifests(job, text, image=image or IMAGE, overrides=overrides, secrets=secrets)), nl=False)
 
 
 @cli.command()
@@ -297,6 +341,17 @@ def merge(run_name: str, to_url: str, step: str, store_url: str | None, job_path
 
 
 @cli.command()
+@click.argument("run_name", metavar="RUN")
+@click.option("--to", "to_url", metavar="URL", required=True, help="An empty folder.")
+@click.option("--step", metavar="STEP", default="last", help="best, last or a number.")
+@_store_options
+def export(run_name: str, to_url: str, step: str, store_url: str | None, job_path: str | None) -> None:
+    """Write a run's adapter in upstream's adapter format (fish_speech, ace_step)."""
+    found = _run(run_name, store_url, job_path)
+    raise click.exceptions.Exit(_trainer("trainer.merge", found.url, to_url, "--step", step, "--adapter"))
+
+
+@cli.command()
 @click.argument("job_paths", metavar="JOB…", nargs=-1, required=True)
 @_json
 def rehearse(job_paths: tuple[str, ...], as_json: bool) -> None:
@@ -361,7 +416,8 @@ def doctor(
     if (weights_url is None) != (dataset_url is None):
         raise click.UsageError("--model and --dataset go together")
     if weights_url and dataset_url:
-        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, dataset_url))
+        flags = ["--json"] if as_json else []
+        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, dataset_url, *flags))
     from dataclasses import asdict
 
     from launcher import show

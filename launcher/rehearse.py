@@ -1,7 +1,8 @@
 """Rehearsing: jobs shrunk to this machine and run for real, before money is spent on them.
 
-A rehearsal keeps the family, the method and the shape of the job. Weights are tiny and random, the songs are the
-demo's, and two Ray workers make a few steps, amid which one of them is killed.
+A rehearsal keeps the family, the method and the shape of the job. Weights are tiny and random, the songs are a few of
+the job's own where this machine has them and the demo's where not, and two Ray workers make a few steps, amid which one
+of them is killed.
 """
 
 import json
@@ -10,9 +11,10 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ from launcher.backends.base import Say
 from launcher.backends.local import LocalBackend
 from launcher.plan import Plan
 from launcher.plan import plan as make_plan
-from launcher.runs import Run, create_or_resume
-from launcher.submit import environment, home, see_through
+from launcher.runs import Run, changes, create_or_resume
+from launcher.submit import Interrupted, environment, home, see_through
 from trainer.spec import ClusterError, Job, JobError, dump_job, job_from_json
 from trainer.spec.availability import unavailable
 from trainer.spec.families import codec_of
 from trainer.spec.model import Lora
 
 WORKERS, STEPS, COMMIT_EVERY, SONGS = 2, 20, 5, 8
+SEGMENT_SECONDS, BATCH_SECONDS = 20.0, 40.0
 SECONDS_OF_SONG = 2.0
 POLL_SECONDS = 0.02
 
@@ -41,14 +44,14 @@ class Rehearsal:
         folder: with its store and its MLflow file.
         seconds: it took.
         exercised: what has been run for real.
-        left_out: what has not, and with which value in the job.
+        replaced: every field that had another value, as ``path: in the job → in the rehearsal``.
     """
 
     name: str
     folder: Path
     seconds: float
-    exercised: list[str] = field(default_factory=list[str])
-    left_out: list[str] = field(default_factory=list[str])
+    exercised: list[str]
+    replaced: list[str]
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -60,7 +63,11 @@ def rehearse(jobs: Sequence[Job], say: Say) -> Iterator[Rehearsal]:
 
     Raises:
         UtaforgeError: what ended a rehearsal; the same would end the job.
+        JobError: two of them have one name.
     """
+    for name, count in Counter(job.name for job in jobs).items():
+        if count > 1:
+            raise JobError(f"{count} of these jobs are called {name}", "rehearse one of them, or rename the others")
     folders = [home() / "rehearsals" / job.name for job in jobs]
     shrunken = [shrunk(job, folder) for job, folder in zip(jobs, folders, strict=True)]
     with LocalBackend(WORKERS, 0, environment(WORKERS)) as backend:
@@ -72,13 +79,16 @@ def rehearse(jobs: Sequence[Job], say: Say) -> Iterator[Rehearsal]:
             run = create_or_resume(small, planned.as_json()).run
             say(f"rehearsing {job.name}")
             with _killing(backend, run) as death:
-                see_through(run, backend, cluster, say)
+                try:
+                    see_through(run, backend, cluster, say)
+                except Interrupted:
+                    raise Interrupted(f"the rehearsal of {job.name} was stopped", "rehearse it again") from None
             if not death:
                 raise ClusterError(
                     f"the rehearsal of {job.name} was over before a rank could be killed", "rehearse it again"
                 )
             exercised = _exercised(small, planned, run, death[0])
-            yield Rehearsal(job.name, folder, time.monotonic() - started, exercised, _left_out(job))
+            yield Rehearsal(job.name, folder, time.monotonic() - started, exercised, list(changes(job, small)))
 
 
 def shrunk(job: Job, folder: Path) -> Job:
@@ -89,7 +99,12 @@ def shrunk(job: Job, folder: Path) -> Job:
     """
     told: dict[str, Any] = json.loads(dump_job(job))
     told["store"] = f"file://{folder}"
-    told["model"] |= {"pretrained": "random:tiny", "codec": {"name": codec_of(job.model)}, "base_precision": "auto"}
+    told["model"] |= {
+        "pretrained": "random:tiny",
+        "codec": {"name": codec_of(job.model)},
+        "base_precision": "auto",
+        "segment_seconds": min(job.model.segment_seconds, SEGMENT_SECONDS),
+    }
     for _, name, *_ in job.model.urls():
         if name not in ("pretrained", "codec"):
             told["model"][name] = None
@@ -98,9 +113,9 @@ def shrunk(job: Job, folder: Path) -> Job:
     told["data"] |= {
         "train": [{"dataset": f"file://{folder}/songs"}],
         "validation": {"fraction": 0.25, "by": "song"},
-        "prepare": {"source": {"type": "demo", "style": "b", "songs": SONGS}},
+        "prepare": _songs(job),
     }
-    told["train"] |= {"steps": STEPS, "batch": {"seconds": 40.0}, "precision": "auto", "log_every": 1}
+    told["train"] |= {"steps": STEPS, "batch": {"seconds": BATCH_SECONDS}, "precision": "auto", "log_every": 1}
     told["train"]["schedule"]["warmup"] = min(job.train.schedule.warmup, STEPS)
     told["checkpoint"]["every"] = COMMIT_EVERY
     told["validation"] |= {"every": STEPS, "stop_if": []}
@@ -116,6 +131,16 @@ def shrunk(job: Job, folder: Path) -> Job:
         told_so = "\n  ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in later)
         raise JobError(f"{job.name} cannot be rehearsed:\n  {told_so}", "change the job, then rehearse it again")
     return small
+
+
+def _songs(job: Job) -> dict[str, Any]:
+    """``data.prepare`` of the rehearsal: the job's own, cut short, if it can be done on this machine."""
+    prepare = job.data.prepare
+    possible = prepare and not any(path[:2] == ("data", "prepare") for path, _ in unavailable(job))
+    path = getattr(prepare.source, "path", None) if prepare else None
+    if prepare and possible and (path is None or Path(path).exists()):
+        return prepare.model_copy(update={"limit": SONGS}).model_dump(mode="json")
+    return {"source": {"type": "demo", "style": "b", "songs": SONGS}}
 
 
 @contextmanager
@@ -146,24 +171,13 @@ def _exercised(job: Job, planned: Plan, run: Run, killed_after: int) -> list[str
     assert result is not None, "a run that was seen through has its result"
     songs = [entry.path for entry in run.store.list(f"audio/step-{STEPS:08d}") if not entry.path.endswith(".json")]
     what = "adapter" if isinstance(job.method, Lora) else "model"
+    assert job.data.prepare is not None
+    source = job.data.prepare.source
     return [
-        f"{SONGS} songs through codec {codec_of(job.model)} into shards of {job.model.family}",
+        f"the songs of source {source.type} through codec {codec_of(job.model)} into shards of {job.model.family}",
         f"{STEPS} steps of {job.method.type} on {planned.ranks} ranks by {planned.strategy} in {planned.precision}",
         f"held-out loss {result['loss_before']:.3f} → {result['loss_after']:.3f}",
         f"a checkpoint every {COMMIT_EVERY} steps; a rank killed after step {killed_after}, and going on from there",
         f"validation audio: {len(songs)} songs" if songs else "no validation audio, since the job has no prompts",
         f"metrics in MLflow; the {what} in {run.store.at(what).url}",
-    ]
-
-
-def _left_out(job: Job) -> list[str]:
-    """What the rehearsal had in its place is told as it stands in the job."""
-    prepare = job.data.prepare
-    source = f" from source {prepare.source.type}" if prepare else ""
-    weights = ", ".join([job.model.pretrained, *job.model.codec.weights.values()])
-    return [
-        f"the weights: {weights} (were tiny and random)",
-        f"the songs: {', '.join(ref.dataset for ref in job.data.train)}{source} (were the demo's)",
-        f"the store {job.store} and the cluster: {job.cluster.backend}, {job.cluster.profile}",
-        f"speed, memory and quality: {job.train.steps} steps, precision {job.train.precision}",
     ]

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launcher.backends.kubernetes import KubernetesJobs
 
 State = Literal["finished", "running", "failed", "stopped"]
-MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"))
+MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"), ("retrain",))
 """What a run may change when it is continued: nothing that is learnt depends on it."""
 ANSWER_SECONDS = 3.0
 """How long a cluster is waited for when only its state is wanted."""
@@ -39,6 +39,12 @@ _RESULT, _FAILURE = "result.json", "failure.json"
 _TOLD = {"steps", "loss", "attempt", "backend", "time"}
 """What a result says for a list of runs; those of earlier versions do not."""
 _RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class Busy(ClusterError):
+    """Somebody else is at work on it."""
+
+    exit_code = 12
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class Run:
         """Claim this run for a submission to ``jobs``, which is to be made under ``Attempt.submission``.
 
         Raises:
-            ClusterError: somebody else has claimed it, perhaps at the same moment.
+            Busy: somebody else has claimed it, perhaps at the same moment.
         """
         newest = self.refuse_if_running()
         number = newest.number + 1 if newest else 1
@@ -196,7 +202,7 @@ class Run:
         return bool(json.loads(self.store.get(_path(attempt))).get("stopped"))
 
     def refuse_if_running(self) -> Attempt | None:
-        """The newest attempt, which has ended; raises ``ClusterError`` if it is at work: never two at once."""
+        """The newest attempt, which has ended; raises ``Busy`` if it is at work: never two at once."""
         files = self.files()
         attempt = self._attempt(files)
         if attempt and self._state(attempt, files, self.ask) == "running":
@@ -404,14 +410,14 @@ def create_or_resume(job: Job, plan: Mapping[str, Any], name: str | None = None)
 
     Raises:
         JobError: the run was made from another job (names the fields), or ``name`` is finished or cannot be a name.
-        ClusterError: the run is at work at this moment.
+        Busy: the run is at work at this moment.
     """
     place = runs_of(job.store)
     run, news = _named(place, job, name) if name else _next(place, job)
     run.refuse_if_running()
     dumped = dump_job(job).encode()
     if not run.store.create("job.json", dumped):
-        if differing := _differences(run.job, job):
+        if differing := differences(run.job, job):
             raise _other_job(run.name, differing)
         run.store.put("job.json", dumped)
     run.store.put("plan.json", json.dumps(plan, ensure_ascii=False, indent=1).encode())
@@ -435,27 +441,32 @@ def _named(place: Store, job: Job, name: str) -> tuple[Run, str]:
 
 def _next(place: Store, job: Job) -> tuple[Run, str]:
     """The newest unfinished run of this job, else the next free name; neither if the newest waits for another job."""
-    runs = _numbered(place, job.name)
+    runs = runs_of_job(place, job.name)
     differing: list[str] = []
     for number in sorted(runs, reverse=True):
         run = runs[number]
         if run.finished:
             continue
-        found = _differences(run.job, job)
+        found = differences(run.job, job)
         if not found:
             return run, _going_on(run)
         if number == max(runs):
             differing = found
     if differing:
         raise _other_job(runs[max(runs)].name, differing)
-    number = max(runs, default=0) + 1
-    name = job.name if number == 1 else f"{job.name}-{number}"
-    before = f" ({runs[number - 1].name} is finished)" if number > 1 else ""
+    name = free_name(job.name, runs)
+    before = f" ({runs[max(runs)].name} is finished)" if runs else ""
     return Run(place.at(name)), f"run {name}: new{before}"
 
 
-def _numbered(place: Store, job_name: str) -> dict[int, Run]:
-    """Runs named by this rule: number → run."""
+def free_name(job_name: str, runs: Mapping[int, Run]) -> str:
+    """The name of the next run of a job that has ``runs`` by number."""
+    number = max(runs, default=0) + 1
+    return job_name if number == 1 else f"{job_name}-{number}"
+
+
+def runs_of_job(place: Store, job_name: str) -> dict[int, Run]:
+    """Runs of the job ``job_name`` in ``place`` that are called like it or like it with a number: number → run."""
     found: dict[int, Run] = {}
     for name in place.folders():
         match = re.fullmatch(rf"{re.escape(job_name)}(?:-([1-9]\d*))?", name)
@@ -471,15 +482,17 @@ def _going_on(run: Run) -> str:
     )
 
 
-def _differences(old: Job, new: Job) -> list[str]:
-    """``path: old → new`` for every field that decides what is learnt."""
-    before, after = ({path: value for path, value in _flat(json.loads(dump_job(job)))} for job in (old, new))
-    paths = [path for path in before | after if before.get(path) != after.get(path)]
-    return [
-        f"{'.'.join(path)}: {_shown(before.get(path))} → {_shown(after.get(path))}"
-        for path in paths
-        if not any(path[: len(free)] == free for free in MAY_DIFFER)
-    ]
+def differences(old: Job, new: Job) -> list[str]:
+    """The changes that decide what is learnt."""
+    return list(changes(old, new, MAY_DIFFER))
+
+
+def changes(old: Job, new: Job, without: Sequence[tuple[str, ...]] = ()) -> Iterator[str]:
+    """``path: old → new`` for every field that differs, but those below a path of ``without``."""
+    before, after = (dict(_flat(json.loads(dump_job(job)))) for job in (old, new))
+    for path in before | after:
+        if before.get(path) != after.get(path) and not any(path[: len(free)] == free for free in without):
+            yield f"{'.'.join(path)}: {_shown(before.get(path))} → {_shown(after.get(path))}"
 
 
 def _flat(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
@@ -504,8 +517,8 @@ def _other_job(name: str, differing: list[str]) -> JobError:
     )
 
 
-def _busy(name: str, where: str) -> ClusterError:
-    return ClusterError(
+def _busy(name: str, where: str) -> Busy:
+    return Busy(
         f"run {name} is at work already, {where}",
         f"wait for it (utaforge logs -f {name}), stop it (utaforge cancel {name}), or start another: --run NEW-NAME",
     )

@@ -20,6 +20,7 @@ from launcher.doctor import Check
 from launcher.plan import Plan
 from launcher.profiles import GIB
 from launcher.rehearse import Rehearsal
+from launcher.retrain import Outcome as Retraining
 from launcher.runs import Run, Status
 from launcher.submit import Outcome
 from launcher.why import Cause
@@ -179,10 +180,25 @@ def summary(outcome: Outcome, store_option: str) -> None:
     _rows(f"run {run.name} is finished", rows)
 
 
+def retraining(job_name: str, outcome: Retraining) -> None:
+    """Print what a retraining came to."""
+    if outcome.run is None or outcome.verdict is None:
+        console().print(f"nothing to do: {escape(job_name)} has no new songs since it was last trained")
+        return
+    run, verdict = outcome.run, outcome.verdict
+    rows = [
+        ("held-out loss", f"{_loss(verdict['before'])} → {_loss(verdict['after'])}"),
+        *(("reason", reason) for reason in verdict["reasons"]),
+        ("report", _place(run, "report.md")),
+        ("audio", _place(run, "audio")),
+    ]
+    _rows(f"run {run.name} is {'promoted' if verdict['promoted'] else 'rejected'}", rows)
+
+
 def rehearsal(done: Rehearsal, say: Say) -> None:
     """Say what a rehearsal has run and what it has not."""
     say(f"{done.name} is rehearsed, in {_clock(done.seconds)}; everything lies in {done.folder}")
-    for mark, lines in (("ran", done.exercised), ("did not run", done.left_out)):
+    for mark, lines in (("ran", done.exercised), ("had another value", done.replaced)):
         for line in lines:
             say(f"  {mark}: {line}")
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from trainer import gate
 from trainer.checkpoint import Checkpoints
 from trainer.mirror import Mirror
 from trainer.rundir import RunDirectory, unexpected
@@ -56,6 +57,9 @@ def _run(run: RunDirectory) -> int:
         if not run.finished:
             _prepare(run)
             fit(run)
+        if run.store.exists(gate.RETRAIN):
+            gate.settle(run)
+            gate.mirror(run)
     except UtaforgeError as error:
         run.report_failure(error)
         return error.exit_code

@@ -32,6 +32,8 @@ from typing import IO, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from trainer.mirror import Mirror
+from trainer.registry import mirror
+from trainer.rundir import RunDirectory
 from trainer.spec import Job, job_from_json, reveal
 from trainer.spec.errors import StoreError, UtaforgeError
 from trainer.store import Store, open_store
@@ -178,6 +180,7 @@ def sync(run_url: str) -> None:
         try:
             if not replay.deliver(list(read(replay.store))):
                 replay.interrupted()
+            replay.mirror_champion()
             return
         except _outages() as error:
             if pause is None:
@@ -248,6 +251,10 @@ class Replay:
     def interrupted(self) -> None:
         """Say that the run was cut off without a word."""
         self._client.set_terminated(self._run_id or self._connect(), "KILLED")
+
+    def mirror_champion(self) -> None:
+        """Tell the model registry whether this run is its job's champion."""
+        mirror(self._client, self._run_id or self._connect(), RunDirectory(self._run_url))
 
     @functools.cached_property
     def _client(self) -> Any:

@@ -1,19 +1,21 @@
-"""Files of official releases: found, read without pickle, loaded strictly."""
+"""Files of official releases: found, read without pickle, loaded strictly, written."""
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.spec.errors import UtaforgeError
-from trainer.store import Store, open_store
+
+if TYPE_CHECKING:
+    from trainer.store import Store
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -37,7 +39,7 @@ def local_path(url: str, place: str) -> Path:
         return path
     home = Path(os.environ.get("UTAFORGE_HOME", ".utaforge"))
     folder = home / "cache" / "weights" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    store = open_store(url)
+    store = _store(url)
     entries = [entry for entry in store.list() if "/" not in entry.path]
     if not entries:
         return _single_file(url, place, folder)
@@ -89,6 +91,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return told
 
 
+def write_json(file: Path, told: Mapping[str, Any]) -> None:
+    """Write a JSON object as releases have it."""
+    file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
 def load(
     make: Callable[[], Network], state: Iterable[tuple[str, Tensor]], url: str, elsewhere: tuple[str, ...] = ()
 ) -> Network:
@@ -116,6 +123,18 @@ def load(
     check(expected, _shapes(found), url)
     network.load_state_dict(found, strict=True, assign=True)
     return network
+
+
+def save(state: Mapping[str, Tensor], file: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``state``, floats as ``dtype``: safetensors, or torch's own format in ``.pt`` and ``.pth``."""
+    whole = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for name, value in state.items()
+    }
+    if file.suffix == ".safetensors":
+        save_file(whole, file, {"format": "pt"})
+    else:
+        torch.save(whole, file)
 
 
 def random_weights(make: Callable[[], Network]) -> Network:
@@ -150,7 +169,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _single_file(url: str, place: str, folder: Path) -> Path:
     parent, _, name = url.rpartition("/")
-    store = open_store(parent)
+    store = _store(parent)
     entry = next((entry for entry in store.list() if entry.path == name), None)
     if entry is None:
         raise UtaforgeError(f"{place}: there is nothing at {url}", "name the folder of the release, or its file")
@@ -158,7 +177,14 @@ def _single_file(url: str, place: str, folder: Path) -> Path:
     return folder / name
 
 
-def _download(store: Store, path: str, target: Path, size: int) -> None:
+def _store(url: str) -> "Store":
+    """Imported when it is asked for: random weights and files of this machine do without obstore."""
+    from trainer.store import open_store
+
+    return open_store(url)
+
+
+def _download(store: "Store", path: str, target: Path, size: int) -> None:
     if target.exists() and target.stat().st_size == size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Plan → what is sent to a cluster, as plain values: pure functions."""
+"""What is sent to a cluster, as plain values: pure functions."""
 
 from typing import Any
 

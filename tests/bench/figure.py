@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Figure:
         name: of the figure.
         ours: what was measured, in words with its unit.
         rival: what it is held against, in words with its unit.
-        value: the figure itself.
+        value: the figure itself; None if this machine cannot tell.
         least: the smallest that will do; None if there is no such limit.
         most: the largest that will do; None if there is no such limit.
         details: everything measured, for the result file.
@@ -36,7 +37,7 @@ class Figure:
     name: str
     ours: str
     rival: str
-    value: float
+    value: float | None
     least: float | None = None
     most: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -49,6 +50,8 @@ class Figure:
     @property
     def reached(self) -> bool:
         """Whether the figure keeps its limit."""
+        if self.value is None:
+            return False
         return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
 
 
@@ -57,9 +60,8 @@ def middle(values: Sequence[float]) -> str:
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def machine() -> dict[str, Any]:
+def machine(packages: Sequence[str] = ("torch", "ray", "transformers", "peft", "mlflow")) -> dict[str, Any]:
     """This machine, without anything that names it."""
-    packages = ("torch", "ray", "transformers", "peft", "mlflow")
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -85,15 +87,17 @@ def show(figures: Sequence[Figure], where: Mapping[str, Any]) -> None:
     """Print the machine and the table."""
     console = Console()
     packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    gpu = f"{where['gpu']}, {where['gpu_gib']} GiB; " if "gpu" in where else ""
     console.print(
-        f"{where['cpu']}, {where['cores']} cores, {where['ram_gib']} GiB, load {where['load_average'][0]}; "
+        f"{gpu}{where['cpu']}, {where['cores']} cores, {where['ram_gib']} GiB, load {where['load_average'][0]}; "
         f"python {where['python']}, {packages}; commit {where['commit']}, {where['date']}",
         highlight=False,
     )
     table = Table("figure", "measured", "beside", "value", "limit", "", show_lines=True)
     for one in figures:
-        mark = "reached" if one.reached else "missed"
-        table.add_row(one.name, one.ours, one.rival, f"{one.value:.3f}", one.limit, mark)
+        mark = "" if not one.limit else "reached" if one.reached else "missed"
+        value = "unknown" if one.value is None else f"{one.value:.3f}"
+        table.add_row(one.name, one.ours, one.rival, value, one.limit, mark)
     console.print(table)
 
 
@@ -103,4 +107,6 @@ def _cpu() -> str:
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

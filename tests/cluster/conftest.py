@@ -181,8 +181,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = (tmp_path_factory.mktemp("moto") / "log").open("w")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
+    process = subprocess.Popen([sys.executable, "-m", "tests.cluster.s3_server", str(port)], stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     retries = {"total_max_attempts": 20, "mode": "standard"}
     client = boto3.client(

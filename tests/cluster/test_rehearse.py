@@ -7,6 +7,7 @@ import pytest
 import soundfile
 
 from tests.cluster.conftest import Utaforge
+from trainer.spec import load_job
 
 JOBS = sorted(path for path in (Path(__file__).parents[2] / "jobs").glob("*.yaml") if path.name != "demo.yaml")
 FAMILIES = {"ace_step", "fish_speech", "heartmula", "musicgen", "songbloom"}
@@ -17,7 +18,8 @@ def test_all_jobs_rehearse_on_one_cluster(utaforge: Utaforge) -> None:
     told = json.loads(utaforge.output("rehearse", "--json", *map(str, JOBS)))
     assert [one["name"] for one in told] == [path.stem.replace("_", "-") for path in JOBS]
     families = set()
-    for one in told:
+    for path, one in zip(JOBS, told, strict=True):
+        wanted = load_job(str(path), to_run=False)
         run = Path(one["folder"]) / "runs" / one["name"]
         families.add(json.loads((run / "job.json").read_text(encoding="utf-8"))["model"]["family"])
         songs = sorted(run.glob("audio/step-00000020/prompt-*"))
@@ -31,6 +33,7 @@ def test_all_jobs_rehearse_on_one_cluster(utaforge: Utaforge) -> None:
         ]
         assert steps == list(range(1, 21))
         assert any("a rank killed after step" in line for line in one["exercised"])
-        assert any("s3://" in line for line in one["left_out"])
+        assert any(line.startswith('store: "s3://') for line in one["replaced"])
+        assert f"train.steps: {wanted.train.steps} → 20" in one["replaced"]
     assert families == FAMILIES
     assert utaforge.left_running() == []

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from trainer.spec.errors import TrainingError
 from trainer.spec.families import FamilySpec
 from trainer.spec.model import Lora
-from trainer.store import open_store
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_ROOT = "base_model.model."
@@ -138,6 +137,8 @@ def _check_modules(network: nn.Module, wanted: list[str]) -> None:
 
 
 def _load_from_store(network: PeftModel, url: str) -> None:
+    from trainer.store import open_store
+
     store = open_store(url)
     with TemporaryDirectory() as folder:
         for name in (CONFIG, WEIGHTS):

@@ -61,7 +61,7 @@ def main() -> int:
         FOLDER.mkdir(exist_ok=True)
         learn_codebooks([str(work / "songs"), str(FOLDER / "codec.safetensors")])
         release = Release("random:pocket", None, CONFIG)
-        save_network(release, _start(release), work / "start")
+        save_network(release, _start(release), work / "start", {})
         base = _train(_job(work, "start", "a", SONGS))
         base.save(work / "base", torch.float32)
         base.save(FOLDER, torch.float16)
@@ -103,7 +103,7 @@ class _Trained(NamedTuple):
     engine: Engine
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        save_network(self.release, self.network, folder, dtype=dtype)
+        save_network(self.release, self.network, folder, {}, dtype)
 
     def loss(self, job: Job) -> float:
         """On the songs that ``job`` holds out."""

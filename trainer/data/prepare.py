@@ -7,9 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import islice
-from pathlib import PurePosixPath
 
 import numpy as np
 from jaxtyping import Int
@@ -131,7 +129,7 @@ def _format(tools: Tools, song: Song) -> ShardFormat:
 
 
 def _prepared(source: SongSource, tools: Tools, failures: list[Failure], progress: Progress) -> Iterator[Song]:
-    songs = source.songs()
+    songs = source.songs()[: tools.spec.limit]
     for done, song in enumerate(songs, 1):
         name, failure = (song.name, song) if isinstance(song, Failure) else (song.audio, None)
         if isinstance(song, SourceSong):
@@ -147,16 +145,20 @@ def _prepared(source: SongSource, tools: Tools, failures: list[Failure], progres
 
 def _encoded(source: SongSource, song: SourceSong, tools: Tools) -> Song:
     codec, spec = tools.codec, tools.spec
-    if (codes := _codes_beside(source, song, codec)) is not None:
+    if (given := source.codes(song)) is not None:
+        codes = _checked(given, codec)
         frames = codes.shape[1]
-        return _song(song, frames / codec.frame_rate, frames, {"codes": codes})
+        seconds = frames / codec.frame_rate
+        _check_length(seconds, spec)
+        return _song(song, seconds, frames, {"codes": codes})
     with source.files.local(song.audio) as path:
         try:
             audio = load(path, codec.sample_rate, codec.channels)
         except DataError as error:
             raise DataError(error.problem.removeprefix(f"{path}: "), error.cure) from error
     seconds = audio.shape[1] / codec.sample_rate
-    _check(audio, seconds, spec)
+    _check_length(seconds, spec)
+    _check_level(audio, spec)
     if spec.loudness is not None:
         audio = normalise(audio, codec.sample_rate, spec.loudness)
     arrays = codec.encode(audio)
@@ -167,31 +169,30 @@ def _song(song: SourceSong, seconds: float, frames: int, arrays: dict[str, np.nd
     return Song(song.id, song.group, song.tags, song.lyrics, seconds, frames, song.audio, arrays)
 
 
-def _codes_beside(source: SongSource, song: SourceSong, codec: Codec) -> Int[np.ndarray, "K T"] | None:
-    """The codes in ``{stem}.tokens.npy`` beside the audio, which then need not be made; None without such a file."""
-    path = str(PurePosixPath(song.audio).with_suffix(".tokens.npy"))
-    if path not in source.files.sizes:
-        return None
-    try:
-        codes = np.load(BytesIO(source.files.store.get(path)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path} is no array of codes: {error}") from error
+def _checked(codes: np.ndarray, codec: Codec) -> Int[np.ndarray, "K T"]:
+    """Codes that a source has given, the right way round and in the least type."""
     shape, books = codes.shape, codec.codebooks
     if codes.ndim == 2 and shape[1] == books != shape[0]:
         codes = codes.T
     if codec.timed != ("codes",) or codes.dtype.kind not in "iu" or codes.ndim != 2 or len(codes) != books:
-        raise DataError(f"{path} holds {codes.dtype} {list(shape)}, codec {codec.name} makes integers [{books}, T]")
+        found = f"the codes given with it are {codes.dtype} {list(shape)}"
+        raise DataError(f"{found}, codec {codec.name} makes integers [{books}, T]")
     if codes.size and not 0 <= codes.min() <= codes.max() < codec.vocabulary:
         low, high = codes.min(), codes.max()
-        raise DataError(f"{path} holds codes {low} to {high}, codec {codec.name} has 0 to {codec.vocabulary - 1}")
+        raise DataError(
+            f"the codes given with it are {low} to {high}, codec {codec.name} has 0 to {codec.vocabulary - 1}"
+        )
     return codes.astype(np.min_scalar_type(codec.vocabulary - 1))
 
 
-def _check(audio: np.ndarray, seconds: float, spec: Prepare) -> None:
+def _check_length(seconds: float, spec: Prepare) -> None:
     if seconds < spec.min_seconds:
         raise DataError(f"is too short: {seconds:.1f} s, data.prepare.min_seconds is {spec.min_seconds:g}")
     if spec.max_seconds is not None and seconds > spec.max_seconds:
         raise DataError(f"is too long: {seconds:.1f} s, data.prepare.max_seconds is {spec.max_seconds:g}")
+
+
+def _check_level(audio: np.ndarray, spec: Prepare) -> None:
     peak = float(np.abs(audio).max())
     level = 20 * math.log10(peak) if peak > 0 else -math.inf
     if level < spec.silence:

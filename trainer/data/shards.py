@@ -83,7 +83,7 @@ class ShardFormat:
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "ShardFormat":
         """What ``to_dict`` gave."""
-        return cls(**{**told, "timed": tuple(told.get("timed", ("codes",)))})
+        return cls(**{**told, "timed": tuple(told["timed"])})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from trainer.spec.model import Model
 
-from .base import Arrays, Batch, Example, Family
+from .base import Arrays, Autoregressive, Batch, Example, Family, Predictions
 
 _ROOMS = {
     "ace_step": "trainer.families.ace_step.family:AceStepFamily",
@@ -22,4 +22,13 @@ def open_family(model: Model) -> Family:
     return getattr(import_module(module), name)(model)
 
 
-__all__ = ["FAMILY_NAMES", "Arrays", "Batch", "Example", "Family", "open_family"]
+__all__ = [
+    "FAMILY_NAMES",
+    "Arrays",
+    "Autoregressive",
+    "Batch",
+    "Example",
+    "Family",
+    "Predictions",
+    "open_family",
+]

@@ -4,13 +4,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trainer.spec.errors import UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 
+Network = TypeVar("Network", bound=nn.Module)
 Arrays = Mapping[str, np.ndarray]
 """Arrays of a shard row by name: ``codes`` [K, T], ``latents`` [..., T], …."""
 
@@ -97,3 +101,52 @@ class Family(ABC):
     @abstractmethod
     def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
         """What the codec decodes, for each prompt; one batch, each song a matter of its own prompt and seed alone."""
+
+    def export_adapter(self, folder: Path, to: Path) -> None:
+        """Write PEFT's adapter in ``folder`` into the folder ``to``, as the files that upstream's programs load.
+
+        Raises:
+            UtaforgeError: upstream has no such format, or it cannot express the adapter.
+        """
+        raise UtaforgeError(
+            "upstream has no adapter format for this family",
+            "load PEFT's adapter, which is in the run's folder adapter, or write whole weights: utaforge merge",
+        )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of the ids of one song, all of them seen at once, as in training.
+
+    Attributes:
+        logits: of each prediction.
+        ids: that were to be predicted.
+        seen: frames, from the song's first, on which a prediction may depend.
+    """
+
+    logits: Float[Tensor, "N V"]
+    ids: Int[Tensor, " N"]
+    seen: Int[Tensor, " N"]
+
+
+class Autoregressive(Family):
+    """A family that makes a song id after id; ``trainer.selftest`` compares how it does with how it is trained."""
+
+    @abstractmethod
+    def greedy(self, network: nn.Module, example: Example, frames: int) -> Batch:
+        """A batch of one song with the text of ``example``, made with the cache of the likeliest ids alone.
+
+        Args:
+            network: in eval mode.
+            example: whose conditions are kept; its song does not matter.
+            frames: the most that are made.
+        """
+
+    @abstractmethod
+    def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
+        """What ``network`` says of the ids of a batch of one song in one pass, for each vocabulary."""
+
+
+def unwrapped(network: nn.Module, kind: type[Network]) -> Network:
+    """The family's own network inside whatever PEFT, DDP or DeepSpeed have put around it."""
+    return next(module for module in network.modules() if isinstance(module, kind))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from trainer.families import FAMILY_NAMES
 from trainer.spec.errors import UtaforgeError
+from trainer.weights import check
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -108,11 +109,7 @@ class Case:
         fixed = {key.removeprefix(prefix) for key in self.told.get("fixed_buffers") or () if key.startswith(prefix)}
         state = self.state(prefix)
         own = {key: tuple(value.shape) for key, value in network.state_dict().items() if key not in fixed}
-        found = {key: tuple(value.shape) for key, value in state.items()}
-        if own != found:
-            differing = sorted(key for key in own.keys() | found.keys() if own.get(key) != found.get(key))
-            told = "\n".join(f"  {key}: ours {own.get(key)}, upstream's {found.get(key)}" for key in differing)
-            raise UtaforgeError(f"{self.folder}: state-dict keys differ\n{told}", "rename them in network.py")
+        check(own, {key: tuple(value.shape) for key, value in state.items()}, str(self.folder))
         network.load_state_dict({**network.state_dict(), **state}, strict=True)
         return network.eval()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from .data import DemoSource, FolderSource, JsonlSource, Prepare, SpeakersSource
+from .data import DemoSource, FolderSource, JsonlSource, Prepare, ProtosSource, SpeakersSource
 from .job import Job
 from .model import AceStep, Lora
 from .yaml import FieldPath
@@ -57,8 +57,8 @@ def _data(job: Job) -> Iterator[Unavailable]:
         return
     base = ("data", "prepare")
     source = prepare.source
-    if not isinstance(source, FolderSource | JsonlSource | SpeakersSource | DemoSource):
-        yield (*base, "source", "type"), _yet(f"source {source.type}", "write folder, jsonl, speakers or demo")
+    if not isinstance(source, FolderSource | JsonlSource | SpeakersSource | ProtosSource | DemoSource):
+        yield (*base, "source", "type"), _yet(f"source {source.type}", "write folder, jsonl, speakers, protos or demo")
     elif not isinstance(source, DemoSource) and "://" in source.path:
         yield (*base, "source", "path"), _yet("reading songs from a URL", "copy them to a folder of this machine")
     yield from (((*base, *path), message) for path, message in _preparation(prepare))
@@ -79,8 +79,6 @@ def _judging(job: Job) -> Iterator[Unavailable]:
     for name in ("hours", "usd"):
         if getattr(job.budget, name) is not None:
             yield ("budget", name), _yet("enforcing a budget", "remove it")
-    if job.retrain:
-        yield ("retrain",), _yet("retraining on a schedule", "remove it")
 
 
 def _cluster(job: Job) -> Iterator[Unavailable]:

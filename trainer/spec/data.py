@@ -71,13 +71,16 @@ class ZipSource(_Source):
 
 
 class SpeakersSource(_Source):
-    """``SPEAKER/*.{wav,mp3,flac}`` with ``.lab`` transcripts, or extracted ``.npy`` codes."""
+    """``SPEAKER/NAME.wav`` (or ``.mp3``, ``.flac``, …) with a transcript ``NAME.lab``.
+
+    FireflyGAN's codes are read from ``NAME.npy`` where present, as fish-speech's ``extract_vq.py`` leaves them.
+    """
 
     type: Literal["speakers"]
 
 
 class ProtosSource(_Source):
-    """fish-speech ``.protos`` files."""
+    """A folder of fish-speech's ``.protos`` files, which hold codes and transcripts and no audio."""
 
     type: Literal["protos"]
 
@@ -142,6 +145,8 @@ class Prepare(Spec):
     lyrics: Lyrics = Lyrics()
     loudness: Annotated[float, Field(ge=-70, le=0)] | None = None
     """Normalise to this integrated loudness, LUFS."""
+    limit: PositiveInt | None = None
+    """Only the first so many songs of the source, to try things with."""
     min_seconds: PositiveFloat = 1.0
     max_seconds: PositiveFloat | None = None
     silence: Annotated[float, Field(le=0)] = -60.0

@@ -125,22 +125,25 @@ def dims_of(model: Model) -> Dims:
     Raises:
         JobError: if there is a ``config.json`` that cannot be understood.
     """
-    if model.pretrained == "random:tiny" and model.family in _TINY:
-        small = FAMILIES[model.family].dims
-        return replace(small, layers=2, width=64, ffn=128, heads=4, parameters=_TINY[model.family])
-    if isinstance(model, FishSpeech):
-        published = FAMILIES[model.family].dims
-        return published if model.version == "1.5" else replace(published, parameters=494_462_976)
-    if not isinstance(model, MusicGen):
-        return FAMILIES[model.family].dims
+    older = isinstance(model, FishSpeech) and model.version == "1.4"
     if model.pretrained == "random:tiny":
-        return _musicgen(layers=2, width=64, ffn=128, heads=4, vocabulary=256, codebooks=4, text_width=64)
-    config = _config_path(model.pretrained)
-    return _read_dims(config) if config and config.is_file() else MUSICGEN.dims
+        return _tiny()["fish_speech 1.4" if older else model.family]
+    published = FAMILIES[model.family].dims
+    if isinstance(model, MusicGen):
+        config = _config_path(model.pretrained)
+        return _read_dims(config) if config and config.is_file() else published
+    return replace(published, parameters=494_462_976) if older else published
 
 
-_TINY = {"songbloom": 251_333, "heartmula": 1_223_552, "ace_step": 441_328, "fish_speech": 932_352}
-"""Parameters of ``random:tiny``."""
+def _tiny() -> Mapping[str, Dims]:
+    return {
+        "musicgen": _musicgen(layers=2, width=64, ffn=128, heads=4, vocabulary=256, codebooks=4, text_width=64),
+        "songbloom": Dims(2, 64, 128, 2, 256, 1, 251_333),
+        "heartmula": Dims(2, 64, 128, 4, 1029, 8, 1_223_552),
+        "ace_step": Dims(2, 32, 80, 2, 0, 0, 441_328, 32),
+        "fish_speech": Dims(2, 64, 128, 4, 1024, 8, 932_352),
+        "fish_speech 1.4": Dims(2, 64, 128, 4, 1024, 8, 801_280),
+    }
 
 
 def lora_parameters(family: FamilySpec, dims: Dims, rank: int, targets: tuple[str, ...], *, dora: bool = False) -> int:

@@ -18,9 +18,6 @@ class Codec(Spec):
     weights: dict[str, WeightsUrl] = Field(default_factory=dict)
 
 
-_TEXT_FILES = ("tokenizer", "lyric_vocabulary", "vocabulary")
-
-
 class BaseModelSpec(Spec):
     """What every family has."""
 
@@ -34,9 +31,9 @@ class BaseModelSpec(Spec):
 
     def urls(self) -> dict[tuple[str, ...], str]:
         """Every place that weights, tokenizers and vocabularies come from, by its path in the job."""
-        named = {name: getattr(self, name, None) for name in ("pretrained", "text_encoder", *_TEXT_FILES)}
-        parts = {("model", "codec", "weights", part): url for part, url in self.codec.weights.items()}
-        return {("model", name): url for name, url in named.items() if url} | parts
+        names = ("pretrained", "text_encoder", "tokenizer", "lyric_vocabulary")
+        named = {("model", name): url for name in names if (url := getattr(self, name, None))}
+        return named | {("model", "codec", "weights", part): url for part, url in self.codec.weights.items()}
 
 
 class MusicGen(BaseModelSpec):

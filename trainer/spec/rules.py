@@ -140,6 +140,20 @@ def _length_limits(job: "Job") -> Iterator[Fault]:
         yield Fault(("data", "prepare", "min_seconds"), f"{limits}; no song would be left; write less")
 
 
+def _retrain(job: "Job") -> Iterator[Fault]:
+    if job.retrain is None:
+        return
+    if not isinstance(job.method, Lora):
+        yield Fault(("method", "type"), "retrain goes on from the champion's adapter, and full has none; write lora")
+    elif job.method.pissa:
+        yield Fault(("method", "pissa"), "retrain goes on from the champion's adapter, and PiSSA cannot; remove it")
+    if not isinstance(job.data.validation, ValidationSet):
+        path = ("data", "validation")
+        yield Fault(path, "retrain needs songs that stay the same, a dataset of its own; write {dataset: s3://…}")
+    if not job.validation.prompts:
+        yield Fault(("validation", "prompts"), "retrain compares songs with the champion's; add a prompt")
+
+
 def _kind(job: "Job") -> Iterator[Fault]:
     if job.kind == "train-vq" and job.model.family != "songbloom":
         yield Fault(("kind",), f"only songbloom has a VQ of its own to train; for {job.model.family} write train")
@@ -182,6 +196,7 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("validation.stop_if", "validation.prompts"), _stop_if),
     (("data.train", "data.validation"), _datasets),
     (("data.prepare",), _length_limits),
+    (("retrain", "method", "data.validation", "validation.prompts"), _retrain),
     (("kind", "model.family"), _kind),
     (("store", "model.pretrained", "data.train", "cluster"), _far_files),
     (("tracking",), _login),

@@ -102,16 +102,42 @@ def load(run: RunDirectory, step: str) -> tuple[Family, nn.Module]:
     with tempfile.TemporaryDirectory(prefix="utaforge-generate-") as scratch:
         folder = Path(scratch)
         if isinstance(method, Lora):
-            _fetch(run, step, folder, finished="adapter")
+            fetch(run, step, folder, finished="adapter")
             network = apply(network, method.model_copy(update={"init": None}), FAMILIES[model.family])
             load_adapter(network, folder)
         else:
-            _fetch(run, step, folder)
+            fetch(run, step, folder)
             tensors = load_sharded(folder).tensors
             with torch.no_grad():
                 for name, parameter in network.named_parameters():
                     parameter.copy_(tensors[name]["param"])
         return family, network
+
+
+def fetch(run: RunDirectory, step: str, into: Path, finished: str | None = None) -> None:
+    """Copy the files of a checkpoint; for the last one, those of the run's folder ``finished`` if it is there.
+
+    Raises:
+        StoreError: there is no such checkpoint.
+    """
+    if finished and step == "last" and run.store.at(finished).manifest():
+        run.store.at(finished).fetch(into)
+        return
+    checkpoints = Checkpoints(run.store.at("checkpoints"), run.job.checkpoint.keep)
+    commits = list(checkpoints.commits())
+    there = ", ".join(str(commit.step) for commit in commits) or "none"
+    if step == "last":
+        commit = commits[0] if commits else None
+    elif step == "best":
+        commit = checkpoints.best()
+    else:
+        commit = next((commit for commit in commits if str(commit.step) == step), None)
+    if commit is None:
+        raise StoreError(
+            f"{run.url} has no checkpoint {step!r}", f"its steps: {there}; --step base is the untrained model"
+        )
+    log.info("weights of step %d", commit.step)
+    checkpoints.restore(commit, into)
 
 
 def wanted(run: RunDirectory, args: argparse.Namespace) -> Sequence[Prompt]:
@@ -204,28 +230,6 @@ def _prompt(fields: dict[str, Any], usable: Sequence[str], where: str) -> Prompt
 
 def _faults(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-
-
-def _fetch(run: RunDirectory, step: str, into: Path, finished: str | None = None) -> None:
-    """The files of a checkpoint; for the last one, those of the folder ``finished`` if it is there."""
-    if finished and step == "last" and run.store.at(finished).manifest():
-        run.store.at(finished).fetch(into)
-        return
-    checkpoints = Checkpoints(run.store.at("checkpoints"), run.job.checkpoint.keep)
-    commits = list(checkpoints.commits())
-    there = ", ".join(str(commit.step) for commit in commits) or "none"
-    if step == "last":
-        commit = commits[0] if commits else None
-    elif step == "best":
-        commit = checkpoints.best()
-    else:
-        commit = next((commit for commit in commits if str(commit.step) == step), None)
-    if commit is None:
-        raise StoreError(
-            f"{run.url} has no checkpoint {step!r}", f"its steps: {there}; --step base is the untrained model"
-        )
-    log.info("weights of step %d", commit.step)
-    checkpoints.restore(commit, into)
 
 
 def _write(folder: Path, offset: int, song: Rendered) -> dict[str, Any]:

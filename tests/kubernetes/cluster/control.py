@@ -47,22 +47,21 @@ def up(layout: Layout, say: Say) -> None:
     if reasons := install.obstacles():
         raise ClusterError(f"no cluster can be brought up here: {'; '.join(reasons)}", "set KUBECONFIG to use your own")
     layout.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(layout), ThreadPoolExecutor() as pool:
-        with _phase("packages", say):
-            install.packages(say)
-        base = pool.submit(install.base_image, say)
-        with _phase("programs", say):
-            built = [path for folder in install.programs(say) for path in folder.iterdir()]
-            _link(layout.programs, [*built, Path(DOCKER)])
-        with _phase("base image", say):
-            archive = base.result()
+    with _alone(layout.folder):
+        with _alone(install.cache()), ThreadPoolExecutor() as pool:
+            with _phase("packages", say):
+                install.packages(say)
+            base = pool.submit(install.base_image, say)
+            with _phase("programs", say):
+                built = [path for folder in install.programs(say) for path in folder.iterdir()]
+            with _phase("base image", say):
+                archive = base.result()
+        _link(layout.programs, [*built, Path(DOCKER)])
         sandbox = Sandbox(layout)
         if not sandbox.anchor:
             _end(layout, sandbox)
             for folder in (layout.state, layout.images / "registry"):
                 folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                (layout.folder / "docker.sock").unlink()
             sandbox.open(layout.programs / "pause")
         _start(layout, sandbox, archive, say)
 
@@ -70,7 +69,7 @@ def up(layout: Layout, say: Say) -> None:
 def down(layout: Layout) -> None:
     """End everything; images stay in the folder for the next time."""
     layout.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(layout):
+    with _alone(layout.folder):
         _end(layout, Sandbox(layout))
 
 
@@ -147,7 +146,8 @@ def _end(layout: Layout, sandbox: Sandbox) -> None:
             raise ClusterError(f"the device {layout.device} stays", f"ip link delete {layout.device}")
         time.sleep(0.05)
     shutil.rmtree(layout.state, ignore_errors=True)
-    layout.kubeconfig.unlink(missing_ok=True)
+    for left in (layout.kubeconfig, *layout.folder.glob("*.sock*")):
+        left.unlink(missing_ok=True)
 
 
 def _link(folder: Path, programs: Iterable[Path]) -> None:
@@ -195,9 +195,9 @@ def _binding() -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _alone(layout: Layout) -> Iterator[None]:
-    """One command at a time on one cluster."""
-    with (layout.folder / "lock").open("w") as lock:
+def _alone(folder: Path) -> Iterator[None]:
+    """One command at a time in ``folder``."""
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

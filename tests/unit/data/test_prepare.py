@@ -138,26 +138,45 @@ def test_the_demo_prepares_itself(url):
 
 
 def test_codes_beside_a_song_are_taken_as_they_are(songs, url):
-    codes = np.random.default_rng(0).integers(0, 256, (4, 40))
+    codes = np.random.default_rng(0).integers(0, 256, (4, 80))
     np.save(songs / "さくら0.tokens.npy", codes)
     np.save(songs / "さくら1.tokens.npy", codes.T)
     np.save(songs / "さくら2.tokens.npy", codes + 1)
     dataset = prepare_songs(url, tools(songs))
-    assert dataset.songs.seconds == [0.8, 0.8]
+    assert dataset.songs.seconds == [1.6, 1.6]
     for song in ("さくら0", "さくら1"):
         np.testing.assert_array_equal(dataset.song(song).arrays["codes"], codes)
     (failure,) = dataset.failures
     assert failure.name == "さくら2.wav"
-    assert "さくら2.tokens.npy holds codes 1 to 256, codec pocket has 0 to 255" in failure.reason
+    assert failure.reason == "the codes given with it are 1 to 256, codec pocket has 0 to 255"
 
 
 def test_codes_of_another_codec_are_refused(songs, url):
     for i in range(3):
         np.save(songs / f"さくら{i}.tokens.npy", np.zeros((8, 40), np.int64))
     with pytest.raises(
-        DataError, match=r"さくら0.tokens.npy holds int64 \[8, 40\], codec pocket makes integers \[4, T\]"
+        DataError,
+        match=r"さくら0.wav: the codes given with it are int64 \[8, 40\], codec pocket makes integers \[4, T\]",
     ):
         prepare_songs(url, tools(songs))
+
+
+def test_songs_of_given_codes_may_be_too_short_or_too_long(songs, url):
+    for i, frames in enumerate((49, 50, 151)):
+        np.save(songs / f"さくら{i}.tokens.npy", np.zeros((4, frames), np.int64))
+    dataset = prepare_songs(url, tools(songs, max_seconds=3))
+    assert dataset.songs.ids == ["さくら1"]
+    assert dataset.failures == [
+        Failure("さくら0.wav", "is too short: 1.0 s, data.prepare.min_seconds is 1"),
+        Failure("さくら2.wav", "is too long: 3.0 s, data.prepare.max_seconds is 3"),
+    ]
+
+
+def test_what_is_no_array_of_codes_is_told(songs, url):
+    (songs / "さくら0.tokens.npy").write_text("これは配列ではない", encoding="utf-8")
+    (failure,) = prepare_songs(url, tools(songs)).failures
+    assert failure.name == "さくら0.wav"
+    assert failure.reason.startswith("さくら0.tokens.npy is no array of codes")
 
 
 def test_a_song_whose_texts_the_family_cannot_use_is_left_out(songs, url, monkeypatch):
@@ -174,3 +193,7 @@ def test_a_song_whose_texts_the_family_cannot_use_is_left_out(songs, url, monkey
     dataset = prepare_songs(url, ready)
     assert dataset.songs.ids == ["さくら0", "さくら2"]
     assert dataset.failures == [Failure("さくら1.wav", "知らない楽器: 尺八")]
+
+
+def test_a_limit_takes_the_first_songs_only(songs, url):
+    assert sorted(prepare_songs(url, tools(songs, limit=2)).songs.ids) == ["さくら0", "さくら1"]

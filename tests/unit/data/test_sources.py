@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from trainer.data.dataset import Failure
@@ -140,6 +141,18 @@ def test_speakers_are_groups_and_need_transcripts(tmp_path, place):
         Failure("太郎/二.mp3", "has no transcript 二.lab"),
         SourceSong("花子/一", "花子", "花子/一.wav", "", "こんにちは"),
     ]
+
+
+def test_codes_of_a_speakers_recording_lie_beside_it(tmp_path, place):
+    place("花子/一.wav")
+    place("花子/一.lab", "こんにちは")
+    place("花子/二.wav")
+    place("花子/二.lab", "さようなら")
+    np.save(tmp_path / "花子" / "一.npy", np.arange(16).reshape(8, 2))
+    source = open_source(SpeakersSource(type="speakers", path=str(tmp_path)))
+    first, second = source.songs()
+    assert source.codes(first).tolist() == np.arange(16).reshape(8, 2).tolist()
+    assert source.codes(second) is None
 
 
 def test_a_source_of_a_later_day_is_refused_by_name():

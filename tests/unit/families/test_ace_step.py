@@ -1,5 +1,6 @@
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tests.unit.families.conftest import examples, word_tokenizer
 from trainer.adapt import apply
-from trainer.families import Example, open_family
+from trainer.families import Arrays, Example
 from trainer.families.ace_step.family import AceStepFamily
 from trainer.families.ace_step.generate import weakened
 from trainer.families.ace_step.lyrics import START, BpeLyrics, romanised
 from trainer.families.ace_step.network import AceStepNetwork, Config, Frames
-from trainer.families.ace_step.text import Umt5Text
+from trainer.families.ace_step.text import dimmed
 from trainer.families.ace_step.weights import FULL, WEIGHTS
+from trainer.families.text_encoder import T5Text
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.families import ACE_STEP
 from trainer.spec.job import Prompt, Sampling
@@ -25,22 +28,20 @@ TEXTS = [{"tags": "童謡, piano", "lyrics": "[verse]\nさくら さくら"}, {"
 FRAMES = (30, 21)
 
 
-def make(**options) -> AceStepFamily:
-    family = open_family(AceStep(family="ace_step", pretrained="random:tiny", **options))
-    assert isinstance(family, AceStepFamily)
-    return family
+def make(pretrained: str = "random:tiny", **options) -> AceStepFamily:
+    return AceStepFamily(AceStep(family="ace_step", pretrained=pretrained, **options))
 
 
-def examples(family: AceStepFamily, ssl: bool = False) -> list[Example]:
+def songs_of(family: AceStepFamily, ssl: bool = False) -> list[Example]:
     dice = np.random.default_rng(0)
-    rows = family.conditions(TEXTS)
-    for row, frames in zip(rows, FRAMES, strict=True):
-        row["latents"] = dice.standard_normal((8, 16, frames)).astype(np.float16)
+    songs: list[Arrays] = []
+    for frames in FRAMES:
+        shapes = {"latents": (8, 16, frames)}
         if ssl:
             seconds = frames / family.frame_rate
-            row["mert"] = dice.standard_normal((round(seconds * 75), 8)).astype(np.float16)
-            row["mhubert"] = dice.standard_normal((round(seconds * 50), 8)).astype(np.float16)
-    return [Example(f"歌{i}", row, text, seed=i) for i, (row, text) in enumerate(zip(rows, TEXTS, strict=True))]
+            shapes |= {"mert": (round(seconds * 75), 8), "mhubert": (round(seconds * 50), 8)}
+        songs.append({name: dice.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()})
+    return examples(family, songs, *TEXTS)
 
 
 def mean_loss(family: AceStepFamily, network: torch.nn.Module, batch) -> torch.Tensor:
@@ -71,7 +72,7 @@ def test_the_full_size_has_the_release_s_parameters_and_no_buffers():
 def test_everything_that_is_trainable_learns_and_a_step_is_fast(ssl):
     family = make(ssl_features=ssl)
     network = family.network().train()
-    batch = family.collate(examples(family, ssl), training=True)
+    batch = family.collate(songs_of(family, ssl), training=True)
     begin = time.process_time()
     mean_loss(family, network, batch).backward()
     assert time.process_time() - begin < 2
@@ -80,7 +81,7 @@ def test_everything_that_is_trainable_learns_and_a_step_is_fast(ssl):
 
 
 def test_an_adapter_changes_nothing_at_first_and_then_learns(family, network):
-    batch = family.collate(examples(family), training=False)
+    batch = family.collate(songs_of(family), training=False)
     before = mean_loss(family, network, batch)
     adapted = apply(family.network(), Lora(type="lora", preset="ace-step/upstream", rank=4, rslora=True), ACE_STEP)
     assert torch.equal(mean_loss(family, adapted.eval(), batch), before)
@@ -89,7 +90,7 @@ def test_an_adapter_changes_nothing_at_first_and_then_learns(family, network):
 
 
 def test_checkpointing_gives_the_same_gradients(family):
-    batch = family.collate(examples(family), training=False)
+    batch = family.collate(songs_of(family), training=False)
     found = []
     for checkpointing in (False, True):
         network = family.network().eval()
@@ -107,14 +108,14 @@ def test_a_song_is_computed_as_if_it_were_alone(family, network):
         time = torch.full((len(songs),), 500.0)
         return network(latents, time, family._conditions(tensors), Frames(inside, inside))[0]
 
-    songs = examples(family)
+    songs = songs_of(family)
     together, alone = velocity(songs)[1, ..., : FRAMES[1]], velocity(songs[1:])[0]
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_counts_are_of_the_songs_own_frames():
     family = make(ssl_features=True)
-    batch = family.collate(examples(family, ssl=True), training=False)
+    batch = family.collate(songs_of(family, ssl=True), training=False)
     assert batch.frames == sum(FRAMES)
     seconds = [frames / family.frame_rate for frames in FRAMES]
     wanted = {"mse": sum(FRAMES) * 128, "ssl/mert": sum(round(s * 75) for s in seconds)}
@@ -123,7 +124,7 @@ def test_counts_are_of_the_songs_own_frames():
 
 
 def test_evaluation_repeats_itself_and_training_follows_torch_s_generator(family, network):
-    batch = family.collate(examples(family), training=False)
+    batch = family.collate(songs_of(family), training=False)
     assert torch.equal(mean_loss(family, network, batch), mean_loss(family, network, batch))
     training = family.network().train()
     losses = []
@@ -134,7 +135,7 @@ def test_evaluation_repeats_itself_and_training_follows_torch_s_generator(family
 
 
 def test_tags_and_lyrics_are_dropped_by_the_example_s_seed_and_only_in_training(family):
-    first = examples(family)[0]
+    first = songs_of(family)[0]
     songs = [Example(first.id, first.arrays, first.text, seed) for seed in range(400)]
     batch = family.collate(songs, training=True)
     no_tags = ~batch.tensors["text_hidden"].any(2).any(1)
@@ -171,7 +172,7 @@ def test_weakening_ends_with_its_block(network):
 def test_a_saved_network_is_a_release(family, network, tmp_path):
     table = torch.ones_like(network.final_layer.scale_shift_table)
     family.save(network, tmp_path / "歌", {"final_layer.scale_shift_table": table})
-    again = open_family(AceStep(family="ace_step", pretrained=f"file://{tmp_path}/歌"))
+    again = make(f"file://{tmp_path}/歌")
     state = again.network().state_dict()
     assert torch.equal(state.pop("final_layer.scale_shift_table"), table)
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
@@ -184,14 +185,14 @@ def test_a_wrong_release_is_refused_with_every_key(family, network, tmp_path):
     state["歌"] = state.pop("lyric_proj.weight")
     save_file(state, tmp_path / WEIGHTS)
     with pytest.raises(UtaforgeError, match=r"missing: lyric_proj.weight(.|\n)*unexpected: 歌"):
-        open_family(AceStep(family="ace_step", pretrained=f"file://{tmp_path}")).network()
+        make(f"file://{tmp_path}").network()
     (tmp_path / "config.json").write_text(json.dumps({"num_layers": 2}))
     with pytest.raises(UtaforgeError, match="it lacks attention_head_dim"):
-        open_family(AceStep(family="ace_step", pretrained=f"file://{tmp_path}")).network()
+        make(f"file://{tmp_path}").network()
 
 
 def test_lyrics_of_another_vocabulary_are_refused(family):
-    first = examples(family)[0]
+    first = songs_of(family)[0]
     wrong = {**first.arrays, "lyric_ids": np.array([1, 6692], np.int32)}
     with pytest.raises(DataError, match="歌 has lyric tokens 1 to 6692, the network knows 0 to 255"):
         family.collate([Example("歌", wrong, {}, 0)], training=True)
@@ -200,8 +201,8 @@ def test_lyrics_of_another_vocabulary_are_refused(family):
 def test_features_that_are_missing_or_of_the_uncut_song_are_refused():
     family = make(ssl_features=True)
     with pytest.raises(DataError, match="歌0 has no mert features"):
-        family.collate(examples(family), training=False)
-    whole = examples(family, ssl=True)[0]
+        family.collate(songs_of(family), training=False)
+    whole = songs_of(family, ssl=True)[0]
     cut = {**whole.arrays, "latents": whole.arrays["latents"][..., :5]}
     with pytest.raises(DataError, match=r"raise model\.segment_seconds"):
         family.collate([Example("歌", cut, {}, 0)], training=False)
@@ -251,17 +252,14 @@ def test_tags_are_read_by_umt5_and_dimly_for_guidance(tmp_path):
 
     config = UMT5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=32, num_layers=10, num_heads=4)
     UMT5EncoderModel(config).save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "童謡": 2, "piano": 3}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = word_tokenizer(["<pad>", "</s>", "童謡", "piano"], "<pad>")
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    text = Umt5Text(tmp_path, 32)
-    clear, dim = text(["童謡 piano", "piano"]), text(["童謡 piano", "piano"], dim=True)
-    assert [hidden.shape for hidden in clear] == [(2, 32), (1, 32)]
+    text = T5Text(tmp_path, "umt5", 32, most=4)
+    clear, weak = (read(["童謡 piano", "piano " * 9]) for read in (text, partial(dimmed, text)))
+    assert [hidden.shape for hidden in clear] == [(2, 32), (4, 32)]
     assert clear[0].dtype == np.float16
-    assert np.abs(clear[0] - dim[0]).max() > 0
+    assert np.abs(clear[0] - weak[0]).max() > 0
     assert np.array_equal(text(["童謡 piano"])[0], clear[0])
-    with pytest.raises(UtaforgeError, match="is 32 wide, the network expects 768"):
-        Umt5Text(tmp_path, 768)(["童謡"])
 
 
 def test_a_release_without_its_text_parts_says_what_to_set(family, network, tmp_path):
@@ -269,10 +267,8 @@ def test_a_release_without_its_text_parts_says_what_to_set(family, network, tmp_
     told = json.loads((tmp_path / "config.json").read_text())
     told.pop("hashed_conditions")
     (tmp_path / "config.json").write_text(json.dumps(told))
-    bare = open_family(AceStep(family="ace_step", pretrained=f"file://{tmp_path}"))
+    bare = make(f"file://{tmp_path}")
     with pytest.raises(UtaforgeError, match=r"model\.text_encoder"):
         bare.conditions(TEXTS)
     with pytest.raises(UtaforgeError, match=r"model\.lyric_vocabulary"):
-        open_family(
-            AceStep(family="ace_step", pretrained=f"file://{tmp_path}", text_encoder=f"file://{tmp_path}")
-        )._lyrics("さくら")
+        make(f"file://{tmp_path}", text_encoder=f"file://{tmp_path}")._lyrics("さくら")

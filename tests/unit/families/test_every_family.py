@@ -1,8 +1,9 @@
-"""What holds for every family, with its own codec and preset: adapters change nothing at first, and merge exactly."""
+"""What holds for every family, with its own codec and preset: it saves, sings and learns."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,26 +11,40 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from trainer.adapt import apply
+from tests.unit.families.conftest import examples
+from trainer.adapt import apply, parameter_groups
 from trainer.codecs import open_codec
+from trainer.engine import Engine
 from trainer.families import FAMILY_NAMES, Batch, Example, Family, open_family
 from trainer.spec.errors import UtaforgeError
-from trainer.spec.families import FAMILIES
-from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import Lora, Model
+from trainer.spec.families import FAMILIES, dims_of
+from trainer.spec.job import BatchSeconds, Prompt, Sampling, Train
+from trainer.spec.model import Full, Lora, Method, Model, Optimizer
 
 TEXT = {"tags": "祭り, koto, female vocal", "lyrics": "[verse] s a k u r a . [chorus] h a n a"}
-SECONDS = 4.0
-DECODED_AS = {"musicgen": "encodec"}
+SECONDS = 2.0
+MODELS: dict[str, dict[str, Any]] = {
+    "musicgen": {"codec": {"name": "encodec"}},
+    "songbloom": {},
+    "heartmula": {"cfg_dropout": 0.6},
+    "ace_step": {},
+    "fish_speech": {"version": "1.5"},
+    "fish_speech 1.4": {"version": "1.4"},
+}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A tiny family with a batch of its own."""
+    """A tiny family with two songs; in training, HeartMuLa's second one goes without its text."""
 
     name: str
+    model: Model
     family: Family
-    batch: Batch
+    songs: list[Example]
+
+    @cached_property
+    def batch(self) -> Batch:
+        return self.family.collate(self.songs, training=False)
 
     def sums(self, network: nn.Module) -> torch.Tensor:
         """Loss sums in evaluation, which draws always the same."""
@@ -40,29 +55,45 @@ class Subject:
 
     def adapted(self) -> nn.Module:
         """The network with the family's own preset."""
-        preset = next(iter(FAMILIES[self.name].presets))
-        network = apply(self.family.network(), Lora(type="lora", preset=preset), FAMILIES[self.name])
-        return network
+        preset = next(iter(FAMILIES[self.model.family].presets))
+        return apply(self.family.network(), Lora(type="lora", preset=preset), FAMILIES[self.model.family])
+
+    def step(self, network: nn.Module, method: Method) -> tuple[float, float, set[str]]:
+        """Train one step: the loss before and after, and the names of the parameters that have not moved."""
+        train = Train(steps=1, batch=BatchSeconds(seconds=1), optimizer=Optimizer(lr=1e-3, weight_decay=0.0))
+        groups = parameter_groups(network, method, train.optimizer)
+        place = {"strategy": "ddp", "precision": "fp32", "device": torch.device("cpu")}
+        engine = Engine(network, self.family, train, groups, **place)
+        trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
+        before = {name: value.detach().clone() for name, value in trained.items()}
+        lesson = [(self.family.collate(self.songs, training=True), 1.0)]
+        first = engine.evaluate(lesson)["loss"]
+        engine.step(lesson, lr=1e-3)
+        still = {name for name, value in trained.items() if torch.equal(value, before[name])}
+        return first, engine.evaluate(lesson)["loss"], still
 
 
 def model(name: str, pretrained: str = "random:tiny") -> Model:
-    told = {"family": name, "pretrained": pretrained}
-    if name in DECODED_AS:
-        told["codec"] = {"name": DECODED_AS[name]}
+    told = {"family": name.split()[0], "pretrained": pretrained, **MODELS[name]}
     return TypeAdapter(Model).validate_python(told)
 
 
-@pytest.fixture(scope="module", params=FAMILY_NAMES)
-def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    name = request.param
-    family, codec = open_family(model(name)), open_codec(model(name))
-    noise = np.random.default_rng(0).normal(0, 0.1, (codec.channels, round(SECONDS * codec.sample_rate)))
-    (conditions,) = family.conditions([TEXT])
-    examples = [
-        Example(f"歌{i}", {**codec.encode(noise.astype(np.float32) / (i + 1)), **conditions}, TEXT, seed=i)
-        for i in range(2)
-    ]
-    yield Subject(name, family, family.collate(examples, training=False))
+@pytest.fixture(scope="module", params=MODELS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    asked = model(request.param)
+    family, codec = open_family(asked), open_codec(asked)
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, codec.channels, round(SECONDS * codec.sample_rate)))
+    songs = examples(family, [codec.encode(audio.astype(np.float32)) for audio in noise], TEXT)
+    return Subject(request.param, asked, family, songs)
+
+
+def test_no_family_is_left_out() -> None:
+    assert {model(name).family for name in MODELS} == set(FAMILY_NAMES) == FAMILIES.keys()
+
+
+def test_the_size_that_is_planned_with_is_the_networks(subject: Subject) -> None:
+    parameters = sum(parameter.numel() for parameter in subject.family.network().parameters())
+    assert dims_of(subject.model).parameters == parameters
 
 
 def test_an_adapter_changes_nothing_before_it_is_trained(subject: Subject) -> None:
@@ -80,31 +111,45 @@ def test_merged_weights_in_upstreams_format_compute_what_the_adapter_computes(su
     wanted = subject.sums(adapted)
     assert not torch.allclose(wanted, before, rtol=1e-4)
     subject.family.save(adapted.merge_and_unload(), tmp_path / "合成", {})
-    url = f"file://{tmp_path}/合成"
-    if subject.name == "fish_speech":
-        pytest.skip("a release without a tokenizer file is refused, and random weights have none")
-    merged = open_family(model(subject.name, url)).network()
+    merged = open_family(model(subject.name, f"file://{tmp_path}/合成")).network()
     assert torch.allclose(subject.sums(merged), wanted, rtol=1e-5)
 
 
 def test_a_checkpoint_of_another_family_is_refused(subject: Subject, tmp_path: Path) -> None:
     folder = tmp_path / "壊れた"
     subject.family.save(subject.family.network(), folder, {})
-    other = next(name for name in FAMILY_NAMES if name != subject.name)
+    other = next(name for name in FAMILY_NAMES if name != subject.model.family)
     with pytest.raises(UtaforgeError):
         open_family(model(other, f"file://{folder}")).network()
 
 
 def test_songs_follow_from_prompt_and_seed(subject: Subject) -> None:
     network = subject.family.network().eval()
-    prompts = [Prompt(**{k: v for k, v in TEXT.items() if k in FAMILIES[subject.name].prompt_fields}, seconds=1, seed=s)
-               for s in (1, 2)]  # fmt: skip
+    text = {key: value for key, value in TEXT.items() if key in FAMILIES[subject.model.family].prompt_fields}
+    prompts = [Prompt(**text, seconds=1, seed=seed) for seed in (1, 2)]
     sampling = Sampling(guidance=1.5, top_k=20)
-    together = subject.family.generate(network, prompts, sampling)
+    first, second = subject.family.generate(network, prompts, sampling)
     (alone,) = subject.family.generate(network, prompts[1:], sampling)
-    assert alone.keys() == together[1].keys()
+    assert alone.keys() == second.keys()
     for name, array in alone.items():
-        assert array.shape == together[1][name].shape
-        assert np.allclose(array.astype(np.float64), together[1][name].astype(np.float64), atol=1e-3)
-    audio = open_codec(model(subject.name)).decode(alone)
+        assert array.shape == second[name].shape
+        assert np.allclose(array.astype(np.float64), second[name].astype(np.float64), atol=1e-3)
+        if subject.name != "fish_speech 1.4":  # whose tiny network never draws the one token that is followed by codes
+            assert not np.array_equal(first[name], second[name])
+    audio = open_codec(subject.model).decode(alone)
     assert np.isfinite(audio).all()
+
+
+def test_a_step_in_full_lowers_the_loss_and_moves_every_parameter_that_can_learn(subject: Subject) -> None:
+    before, after, still = subject.step(subject.family.network(), Full(type="full"))
+    assert after < before
+    assert still == set()
+
+
+@pytest.mark.parametrize("kind", ["dora", "rslora", "pissa"])
+def test_every_kind_of_adapter_learns(subject: Subject, kind: str) -> None:
+    method = Lora(type="lora", rank=4, alpha=8, **{kind: True})
+    network = apply(subject.family.network(), method, FAMILIES[subject.model.family])
+    before, after, still = subject.step(network, method)
+    assert after < before
+    assert not any("lora_B" in name or "lora_magnitude" in name for name in still)

@@ -11,16 +11,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from trainer.families import Example, open_family
+from tests.unit.families.conftest import examples, random_codes, word_tokenizer
+from trainer.families import Example
 from trainer.families.cross_entropy import NO_LABEL
-from trainer.families.fish_speech.adapter import export_adapter, from_upstream
+from trainer.families.fish_speech.adapter import from_upstream, to_upstream
 from trainer.families.fish_speech.family import FishSpeechFamily
-from trainer.families.fish_speech.generate import Sampler, draw_table, generate
+from trainer.families.fish_speech.generate import Sampler
 from trainer.families.fish_speech.network import FishSpeechNetwork
-from trainer.families.fish_speech.objective import example, prompt
-from trainer.families.fish_speech.protos import read_protos
+from trainer.families.fish_speech.objective import example
 from trainer.families.fish_speech.text import Bytes, Json, Ranks, clean
-from trainer.families.fish_speech.weights import open_release
+from trainer.families.fish_speech.weights import BYTES, open_release
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.families import FISH_SPEECH
 from trainer.spec.job import Prompt, Sampling
@@ -36,9 +36,7 @@ def model(version: str, pretrained: str) -> FishSpeech:
 
 
 def family(version: str = "1.5", pretrained: str = "random:tiny") -> FishSpeechFamily:
-    found = open_family(model(version, pretrained))
-    assert isinstance(found, FishSpeechFamily)
-    return found
+    return FishSpeechFamily(model(version, pretrained))
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -47,12 +45,8 @@ def tiny(request: pytest.FixtureRequest) -> tuple[FishSpeechFamily, FishSpeechNe
     return found, found.network().eval()
 
 
-def songs(*frames: int) -> list[Example]:
-    draw = np.random.default_rng(0)
-    return [
-        Example(f"歌{index}", {"codes": draw.integers(0, 1000, (8, count)).astype(np.uint16)}, {"lyrics": TEXT}, index)
-        for index, count in enumerate(frames)
-    ]
+def songs_of(family: FishSpeechFamily, *lengths: int) -> list[Example]:
+    return examples(family, random_codes(8, 1000, lengths), {"lyrics": TEXT})
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -93,8 +87,8 @@ def test_sums_are_over_the_counted_labels_and_padding_changes_nothing(
     tiny: tuple[FishSpeechFamily, FishSpeechNetwork],
 ) -> None:
     room, network = tiny
-    both = room.collate(songs(20, 9), training=True)
-    alone = [room.collate([song], training=True) for song in songs(20, 9)]
+    both = room.collate(songs_of(room, 20, 9), training=True)
+    alone = [room.collate([song], training=True) for song in songs_of(room, 20, 9)]
     assert both.frames == 29
     assert both.counts == {term: sum(batch.counts[term] for batch in alone) for term in room.terms}
     assert both.counts["semantic"] == 8 * (29 + 2)
@@ -108,7 +102,7 @@ def test_sums_are_over_the_counted_labels_and_padding_changes_nothing(
 
 def test_recomputed_activations_give_the_same_gradients_and_every_parameter_has_one() -> None:
     room, gradients = family(), []
-    batch = room.collate(songs(12), training=True)
+    batch = room.collate(songs_of(room, 12), training=True)
     for recompute in (False, True):
         network = room.network().train()
         if recompute:
@@ -149,16 +143,13 @@ def test_greedy_frames_are_those_of_the_whole_sequence_seen_at_once(
     tiny: tuple[FishSpeechFamily, FishSpeechNetwork],
 ) -> None:
     room, network = tiny
-    before = prompt(room.tokenizer, TEXT, "", 8)
-    sampler = Sampler(top_k=1, repetition_penalty=1.0)
-    (made,) = generate(network, [before], [6], draw_table([6], [0], 9), sampler, room.tokenizer.end)
+    batch = room.greedy(network, songs_of(room, 1)[0], 6)
     with torch.no_grad():
-        tokens, codes = network(torch.cat([before, made], 1)[None])
-    ahead = slice(before.shape[1] - 1, -1)
-    assert tokens[0, ahead].argmax(-1).equal(made[0])
-    audio = made[1:-1].any(0)
-    drawn = slice(1, None) if network.code_in_token else slice(None)
-    assert codes[0, ahead].argmax(-1).T[drawn, audio].equal(made[1:][drawn, audio])
+        tokens, codes = room.predictions(network, batch)
+    assert len(tokens.ids) == batch.frames == 6
+    assert len(codes.ids) in ([6 * 7] if network.code_in_token else range(0, 6 * 8 + 1, 8))
+    for found in (tokens, codes):
+        assert found.logits.argmax(1).equal(found.ids)
 
 
 def test_the_sampler_draws_from_the_nucleus_in_proportion() -> None:
@@ -175,7 +166,7 @@ def test_what_cannot_be_is_told() -> None:
     room = family()
     network = room.network()
     with pytest.raises(DataError, match=r"song 歌0 needs .* positions"):
-        room.collate(songs(5000), training=True)
+        room.collate(songs_of(room, 5000), training=True)
     with pytest.raises(DataError, match="prompt 1 needs"):
         room.generate(network, [Prompt(lyrics=TEXT, seconds=300)], Sampling())
     with pytest.raises(DataError, match="prompt 1 names a speaker"):
@@ -207,7 +198,7 @@ def test_what_is_saved_is_a_release_again(version: str, tmp_path: Path) -> None:
     changed = torch.ones_like(network.output.weight)
     folder = tmp_path / "公開"
     room.save(network, folder, {"output.weight": changed})
-    _tokenizer_files(folder, version)
+    _released(folder, version)
     back = family(version, f"file://{folder}").network()
     assert back.output.weight.equal(changed)
     assert back.norm.weight.equal(network.norm.weight) and back.semantic != network.semantic
@@ -219,12 +210,13 @@ def test_what_is_saved_is_a_release_again(version: str, tmp_path: Path) -> None:
 def test_a_wrong_release_is_told_before_anything_is_trained(tmp_path: Path) -> None:
     room = family("1.5")
     room.save(room.network(), tmp_path, {})
+    _released(tmp_path)
     with pytest.raises(UtaforgeError, match=r"has no tokenizer.tiktoken"):
         family("1.5", f"file://{tmp_path}").network()
-    _tokenizer_files(tmp_path, "1.4")
+    _released(tmp_path, "1.4")
     with pytest.raises(UtaforgeError, match=r"write model.version: '1.4'"):
         family("1.5", f"file://{tmp_path}").network()
-    _tokenizer_files(tmp_path, "1.5")
+    _released(tmp_path, "1.5")
     state = torch.load(tmp_path / "model.pth", weights_only=True)
     del state["norm.weight"]
     torch.save({**state, "歌.weight": torch.zeros(1)}, tmp_path / "model.pth")
@@ -236,69 +228,36 @@ def test_a_wrong_release_is_told_before_anything_is_trained(tmp_path: Path) -> N
         family("1.5", f"file://{tmp_path}").network()
 
 
-def test_adapters_go_to_upstreams_format_and_back(tmp_path: Path) -> None:
+def test_adapters_go_to_upstreams_names_and_back(tmp_path: Path) -> None:
     adapted = _adapted()
     adapted.save_pretrained(str(tmp_path))
-    export_adapter(tmp_path, tmp_path / "lora.ckpt")
-    state = torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    state = {f"model.{key}": value for key, value in to_upstream(saved).items()}
     assert state["model.embeddings.lora_A"].shape == (8, Bytes.least("1.5"))
     assert state["model.fast_layers.0.attention.wqkv.lora_B"].shape == (128, 8)
     back = from_upstream({**state, "model.norm.weight": torch.zeros(1)})
-    saved = load_file(tmp_path / "adapter_model.safetensors")
     assert back.keys() == saved.keys() and all(back[name].equal(saved[name]) for name in saved)
     assert not set_peft_model_state_dict(adapted, back).unexpected_keys
 
 
-def test_rank_stabilised_adapters_are_scaled_for_upstream_and_dora_is_refused(tmp_path: Path) -> None:
-    for folder, options in ((tmp_path / "rs", {"use_rslora": True}), (tmp_path / "dora", {"use_dora": True})):
-        _adapted(targets=["wo"], **options).save_pretrained(str(folder))
-    export_adapter(tmp_path / "rs", tmp_path / "lora.ckpt")
-    state = torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]
-    saved = load_file(tmp_path / "rs" / "adapter_model.safetensors")[
-        "base_model.model.layers.0.attention.wo.lora_B.weight"
-    ]
-    torch.testing.assert_close(state["model.layers.0.attention.wo.lora_B"], saved * 8**0.5)
-    with pytest.raises(UtaforgeError, match="has no place in fish-speech's adapter format"):
-        export_adapter(tmp_path / "dora", tmp_path / "lora.ckpt")
-
-
-def test_packed_data_is_read_whether_numbers_are_packed_or_not_and_damage_is_told(tmp_path: Path) -> None:
-    packed = _message(3, _message(1, bytes([5, 0xE7, 7]))) + _message(3, b"\x08\x06\x08\x01")
-    group = _message(2, "花子".encode()) + _message(4, _message(1, TEXT.encode()) + packed) + b"\x4d\0\0\0\0"
-    whole = len(group).to_bytes(4, "little") + group
-    file = tmp_path / "00000000.protos"
-    file.write_bytes(whole * 2)
-    first, second = read_protos(file)
-    assert first.name == second.name == "花子" and first.source == ""
-    assert first.sentences[0].texts == [TEXT]
-    assert first.sentences[0].codes.tolist() == [[5, 999], [6, 1]]
-    for damaged in (whole[:-1], whole[:3], len(b"\x0b").to_bytes(4, "little") + b"\x0b"):
-        file.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"is no \.protos file, or damaged"):
-            list(read_protos(file))
-
-
-def _tokenizer_files(folder: Path, version: str) -> None:
+def _released(folder: Path, version: str = "") -> None:
+    """Make a release of saved random weights, with the tokenizer of ``version``."""
+    told = json.loads((folder / "config.json").read_text())
+    told.pop(BYTES, None)
+    (folder / "config.json").write_text(json.dumps(told))
     if version == "1.5":
         lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
         (folder / "tokenizer.tiktoken").write_text("\n".join(lines))
-        return
-    from tokenizers import Tokenizer, models
-
-    tokenizer = Tokenizer(models.WordLevel({"歌": 0, "<unk>": 1}, unk_token="<unk>"))
-    tokenizer.add_special_tokens(["<|im_end|>", "<|semantic|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    assert Json(folder / "tokenizer.json")("歌<|im_end|>") == [0, 2]
+    if version == "1.4":
+        tokenizer = word_tokenizer(["歌", "<unk>"], "<unk>")
+        tokenizer.add_special_tokens(["<|im_end|>", "<|semantic|>"])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        assert Json(folder / "tokenizer.json")("歌<|im_end|>") == [0, 2]
 
 
-def _adapted(targets: list[str] | None = None, **options: bool) -> PeftModel:
-    chosen = targets or list(FISH_SPEECH.presets["fish-speech/r8a16"].targets)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=chosen, init_lora_weights=False, **options)  # type: ignore[arg-type]
+def _adapted() -> PeftModel:
+    chosen = list(FISH_SPEECH.presets["fish-speech/r8a16"].targets)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=chosen, init_lora_weights=False)
     adapted = get_peft_model(family().network(), config)
     assert isinstance(adapted, PeftModel)
     return adapted
-
-
-def _message(field: int, content: bytes) -> bytes:
-    assert len(content) < 128
-    return bytes([field << 3 | 2, len(content)]) + content

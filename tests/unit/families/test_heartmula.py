@@ -1,20 +1,16 @@
 """The HeartMuLa family on its tiny random network. Its numbers are in tests/golden."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
+from tests.unit.families.conftest import examples, random_codes, word_tokenizer
 from trainer.adapt import apply
-from trainer.families import open_family
 from trainer.families.base import Batch, Example
 from trainer.families.heartmula.family import HeartMuLaFamily
 from trainer.families.heartmula.generate import generate, sampler
@@ -35,9 +31,7 @@ BEGIN, END, STOP = 256, 257, 1025
 
 
 def family_of(pretrained: str = "random:tiny", **options) -> HeartMuLaFamily:
-    family = open_family(HeartMuLa(family="heartmula", pretrained=pretrained, **options))
-    assert isinstance(family, HeartMuLaFamily)
-    return family
+    return HeartMuLaFamily(HeartMuLa(family="heartmula", pretrained=pretrained, **options))
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +44,9 @@ def network(family: HeartMuLaFamily) -> HeartMuLaNetwork:
     return family.network().eval()
 
 
-def examples(*lengths: int) -> list[Example]:
-    draw = np.random.default_rng(0)
-    return [
-        Example(
-            f"曲{i}",
-            {"codes": draw.integers(0, 1024, (8, frames)).astype(np.uint16)},
-            dict(zip(("tags", "lyrics"), TEXTS[i % len(TEXTS)], strict=True)),
-            seed=i,
-        )
-        for i, frames in enumerate(lengths)
-    ]
+def songs_of(family: HeartMuLaFamily, *lengths: int) -> list[Example]:
+    texts = ({"tags": tags, "lyrics": lyrics} for tags, lyrics in TEXTS)
+    return examples(family, random_codes(8, 1024, lengths), *texts)
 
 
 def prompts(*seconds: float, seed: int = 0) -> list[Prompt]:
@@ -83,7 +69,7 @@ def test_the_released_size_has_the_facts_parameters_and_no_buffers() -> None:
 
 
 def test_a_song_is_tags_slot_lyrics_frames_and_the_end(family: HeartMuLaFamily) -> None:
-    (song,) = examples(3)
+    (song,) = songs_of(family, 3)
     batch = family.collate([song], training=False)
     tokens, mask, slot = batch.tensors["tokens"][0], batch.tensors["mask"][0], int(batch.tensors["slot"])
     tags = [BEGIN, *"<tag>女性ボーカル, バラード</tag>".encode(), END]
@@ -108,14 +94,14 @@ def test_a_song_that_goes_on_has_no_end() -> None:
 
 
 def test_tags_that_are_marked_already_are_not_marked_again(family: HeartMuLaFamily) -> None:
-    (plain,) = examples(2)
+    (plain,) = songs_of(family, 2)
     marked = Example("", plain.arrays, {**plain.text, "tags": f"<tag>{plain.text['tags']}</tag>"}, 0)
     first, second = (family.collate([song], training=False).tensors["tokens"] for song in (plain, marked))
     assert torch.equal(first, second)
 
 
 def test_loss_does_not_depend_on_padding(family: HeartMuLaFamily, network: HeartMuLaNetwork) -> None:
-    songs = examples(31, 7, 18)
+    songs = songs_of(family, 31, 7, 18)
     together = family.sums(network, family.collate(songs, training=False))
     apart = [family.sums(network, family.collate([song], training=False)) for song in songs]
     for term in family.terms:
@@ -123,7 +109,7 @@ def test_loss_does_not_depend_on_padding(family: HeartMuLaFamily, network: Heart
 
 
 def test_draws_follow_from_the_seed_alone_and_only_in_training(family: HeartMuLaFamily) -> None:
-    songs = examples(*[16] * 12)
+    songs = songs_of(family, *[16] * 12)
 
     def drawn(batch: Batch) -> list[tuple[bool, list[bool]]]:
         frames = batch.tensors["mask"][..., 0]
@@ -143,8 +129,8 @@ def test_draws_follow_from_the_seed_alone_and_only_in_training(family: HeartMuLa
 
 
 def test_the_depth_decoder_counts_its_own_frames(family: HeartMuLaFamily, network: HeartMuLaNetwork) -> None:
-    batch = family.collate(examples(15, 31), training=True)
-    whole = family.collate(examples(15, 31), training=False)
+    batch = family.collate(songs_of(family, 15, 31), training=True)
+    whole = family.collate(songs_of(family, 15, 31), training=False)
     assert batch.counts == {"ce0": 16 + 32, "ce_k": 7 * (4 + 8)}
     batch.tensors["unconditional"][:] = False
     part, full = (family.sums(network, b) for b in (batch, whole))
@@ -155,7 +141,8 @@ def test_the_depth_decoder_counts_its_own_frames(family: HeartMuLaFamily, networ
 
 
 def test_a_dropped_text_says_nothing_but_its_length(family: HeartMuLaFamily, network: HeartMuLaNetwork) -> None:
-    songs = [Example("", examples(9)[0].arrays, {"tags": tags, "lyrics": "うた"}, 0) for tags in ("静か", "激烈")]
+    texts = [{"tags": tags, "lyrics": "うた"} for tags in ("静か", "激烈")]
+    songs = examples(family, random_codes(8, 1024, [9]) * 2, *texts)
     losses = {}
     for dropped in (False, True):
         batches = [family.collate([song], training=False) for song in songs]
@@ -167,7 +154,7 @@ def test_a_dropped_text_says_nothing_but_its_length(family: HeartMuLaFamily, net
 
 
 def test_every_parameter_learns_also_with_activations_recomputed(family: HeartMuLaFamily) -> None:
-    batch = family.collate(examples(9, 5), training=True)
+    batch = family.collate(songs_of(family, 9, 5), training=True)
     gradients = []
     for recompute in (False, True):
         network = family.network().train()
@@ -184,7 +171,7 @@ def test_an_adapter_changes_nothing_before_training_and_reaches_both_stacks(
     family: HeartMuLaFamily, network: HeartMuLaNetwork
 ) -> None:
     adapted = apply(family.network(), Lora(type="lora", preset="heartmula/all-linear"), FAMILIES["heartmula"]).eval()
-    batch = family.collate(examples(6), training=False)
+    batch = family.collate(songs_of(family, 6), training=False)
     base, sums = family.sums(network, batch), family.sums(adapted, batch)
     assert all(torch.equal(base[term], sums[term]) for term in base)
     (sums["ce0"] + sums["ce_k"]).backward()
@@ -280,7 +267,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path, family: HeartMuLaFamily, net
     assert again.config == family.config
     assert torch.equal(read.pop("muq_linear.bias"), torch.ones(64))
     assert all(torch.equal(read[name], state[name]) for name in read)
-    batches = [f.collate(examples(3), training=False).tensors["tokens"] for f in (family, again)]
+    batches = [f.collate(songs_of(family, 3), training=False).tensors["tokens"] for f in (family, again)]
     assert torch.equal(*batches)
 
 
@@ -298,13 +285,6 @@ def test_foreign_weights_are_refused_and_all_keys_listed(
         family_of(f"file://{folder}").network()
 
 
-def words(file: Path, vocabulary: Sequence[str]) -> Path:
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="?"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(file))
-    return file
-
-
 def test_the_tokenizer_is_the_releases_or_the_jobs(tmp_path: Path) -> None:
     folder = tmp_path / "HeartMuLa-oss-3B"
     folder.mkdir()
@@ -319,11 +299,12 @@ def test_the_tokenizer_is_the_releases_or_the_jobs(tmp_path: Path) -> None:
     with pytest.raises(UtaforgeError, match=r"nor the folder above it has tokenizer\.json") as error:
         lyrics()
     assert "HeartMuLaGen" in error.value.cure
-    words(tmp_path / "tokenizer.json", ["?", "桜", "歌", "sakura"])
+    word_tokenizer(["?", "桜", "歌", "sakura"], "?").save(str(tmp_path / "tokenizer.json"))
     assert lyrics() == [128_000, 1, 2, 3, 128_001]
     (tmp_path / "gen_config.json").write_text(json.dumps({"text_bos_id": 7, "text_eos_id": 8, "audio_eos_id": 8193}))
     assert lyrics() == [7, 1, 2, 3, 8]
-    other = words(tmp_path / "別の.json", ["?", "歌", "桜"])
+    other = tmp_path / "別の.json"
+    word_tokenizer(["?", "歌", "桜"], "?").save(str(other))
     assert lyrics(tokenizer=f"file://{other}") == [7, 2, 1, 0, 8]
     other.write_text("{}")
     with pytest.raises(UtaforgeError, match=r"別の\.json is not a tokenizer"):

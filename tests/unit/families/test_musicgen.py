@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer.families import Example, cross_entropy, open_family
+from tests.unit.families.conftest import examples, random_codes
+from trainer.families import Example, cross_entropy
+from trainer.families.cross_entropy import labelled
 from trainer.families.musicgen import objective
 from trainer.families.musicgen.family import MusicGenFamily
 from trainer.families.musicgen.generate import generate
 from trainer.families.musicgen.network import MusicGenNetwork
-from trainer.families.musicgen.text import HashedText, words
 from trainer.families.musicgen.weights import open_release
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
@@ -22,9 +23,7 @@ GREEDY = Sampling(guidance=1, top_k=1)
 
 @pytest.fixture(scope="module")
 def family() -> MusicGenFamily:
-    family = open_family(MusicGen(family="musicgen", pretrained="random:tiny", cfg_dropout=0.5))
-    assert isinstance(family, MusicGenFamily)
-    return family
+    return MusicGenFamily(MusicGen(family="musicgen", pretrained="random:tiny", cfg_dropout=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +31,12 @@ def network(family: MusicGenFamily) -> MusicGenNetwork:
     return family.network().eval()
 
 
-def examples(family: MusicGenFamily, lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
-    draw = np.random.default_rng(seed)
-    conditions = family.conditions([{"tags": TAGS[i % len(TAGS)]} for i in range(len(lengths))])
-    return [
-        Example(f"曲{i}", {"codes": draw.integers(0, 256, (4, n)).astype(np.uint16), **condition}, {}, seed=i)
-        for i, (n, condition) in enumerate(zip(lengths, conditions, strict=True))
-    ]
+def songs_of(family: MusicGenFamily, *lengths: int) -> list[Example]:
+    return examples(family, random_codes(4, 256, lengths), *({"tags": tags} for tags in TAGS))
 
 
 def test_loss_does_not_depend_on_padding(family: MusicGenFamily, network: MusicGenNetwork) -> None:
-    songs = examples(family, (31, 7, 18))
+    songs = songs_of(family, 31, 7, 18)
     together = family.sums(network, batch := family.collate(songs, training=False))
     apart = [family.sums(network, family.collate([song], training=False)) for song in songs]
     assert batch.counts["ce"] == 4 * (31 + 7 + 18)
@@ -59,13 +53,13 @@ def test_chunked_loss_has_the_gradient_of_the_whole(network: MusicGenNetwork, mo
         monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk)
         leaf = hidden.clone().requires_grad_()
         heads = network.decoder.lm_heads
-        objective.cross_entropy_sums(leaf, labels, heads, 256).sum().backward()
+        objective.cross_entropy_sums(leaf, map(labelled, labels.unbind(1)), heads, 256).sum().backward()
         gradients.append(leaf.grad)
     assert torch.allclose(*gradients, atol=1e-5)
 
 
 def test_dropped_descriptions_follow_from_the_seed_alone_and_only_in_training(family: MusicGenFamily) -> None:
-    songs = examples(family, (5,) * 12)
+    songs = songs_of(family, *[5] * 12)
     heard = family.collate(songs, training=False).tensors["text_mask"].any(1)
     first, second = (family.collate(songs, training=True).tensors["text_mask"].any(1) for _ in range(2))
     reverse = family.collate(songs[::-1], training=True).tensors["text_mask"].any(1).flip(0)
@@ -77,19 +71,19 @@ def test_dropped_descriptions_follow_from_the_seed_alone_and_only_in_training(fa
 
 def test_a_dropped_description_leaves_loss_and_gradients_finite(family: MusicGenFamily) -> None:
     network = family.network().train()
-    batch = family.collate(examples(family, (9, 9, 9)), training=False)
+    batch = family.collate(songs_of(family, 9, 9, 9), training=False)
     batch.tensors["text_mask"][:] = False
     family.sums(network, batch)["ce"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
 def test_a_song_beyond_the_positions_is_named(family: MusicGenFamily) -> None:
-    with pytest.raises(DataError, match=r"song 曲0 has 2046 frames \(40.9 s\), the network has positions for 2045"):
-        family.collate(examples(family, (2046,)), training=True)
+    with pytest.raises(DataError, match=r"song 歌0 has 2046 frames \(40.9 s\), the network has positions for 2045"):
+        family.collate(songs_of(family, 2046), training=True)
 
 
 def test_dropout_is_the_jobs() -> None:
-    family = open_family(MusicGen(family="musicgen", pretrained="random:tiny", dropout=0.25))
+    family = MusicGenFamily(MusicGen(family="musicgen", pretrained="random:tiny", dropout=0.25))
     assert {layer.dropout for layer in family.network().decoder.model.decoder.layers} == {0.25}
 
 
@@ -146,22 +140,8 @@ def test_sampling_follows_the_distribution_and_top_k() -> None:
     assert np.abs(found - wanted).max() < 0.01
 
 
-def test_words_of_japanese_are_pairs_of_characters() -> None:
-    assert words("Fast, 祭り囃子！ 歌 lo-fi") == ["fast", "祭り", "り囃", "囃子", "歌", "lo", "fi"]
-
-
-def test_hashed_text_is_the_same_for_ever_and_bounded() -> None:
-    encode = HashedText(64)
-    (first, empty, long) = encode(["祭り", "", "la " * 99])
-    assert first.shape == (1, 64)
-    assert first.dtype == np.float16
-    assert np.allclose(first[0, :3], (-0.3547, 0.3792, 1.164), atol=1e-3)
-    assert empty.shape == (0, 64)
-    assert long.shape == (32, 64)
-
-
 def test_the_full_size_has_the_released_number_of_parameters() -> None:
-    full = open_family(MusicGen(family="musicgen", pretrained="random:full"))
+    full = MusicGenFamily(MusicGen(family="musicgen", pretrained="random:full"))
     with torch.device("meta"):
         network = full.network()
     assert sum(parameter.numel() for parameter in network.decoder.parameters()) == 3_255_382_016

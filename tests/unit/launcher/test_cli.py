@@ -30,7 +30,7 @@ def test_importing_and_planning_brings_in_neither_torch_nor_ray_nor_numpy(job_fi
 def test_help_tells_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     told = capsys.readouterr().out
-    assert all(f"\n    {code} " in told for code in (0, 1, 2, 3, 4, 5, 6, 130))
+    assert all(f"\n    {code} " in told for code in (0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 130))
 
 
 def test_a_wrong_job_is_code_2_with_its_place(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

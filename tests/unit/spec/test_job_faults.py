@@ -89,6 +89,12 @@ SCHEMA = [
         "gs://bucket/prefix, file:///absolute/path or file://./relative/path",
     ),
     (
+        ("builtin:pocket", "random:小"),
+        "job.yaml:5:15: model.pretrained: 'random:小' is not a URL that works here; write s3://bucket/prefix, "
+        "gs://bucket/prefix, file:///absolute/path, file://./relative/path, hf://org/repo, random:tiny or "
+        "builtin:pocket",
+    ),
+    (
         ("name: uta", 'name: uta\ntracking: {mlflow: "ftp://x"}'),
         "job.yaml:2:20: tracking.mlflow: 'ftp://x' is not an address of MLflow; write http://HOST:5000 or "
         "sqlite:///path/to/mlflow.db",

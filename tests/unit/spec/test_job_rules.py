@@ -15,7 +15,7 @@ DESIGN = {
     "method": {"type": "lora", "rank": 16, "alpha": 32},
     "data": {
         "train": [{"dataset": "s3://music/datasets/ja-singing", "weight": 1.0}],
-        "validation": {"fraction": 0.1, "by": "group"},
+        "validation": {"dataset": "s3://music/datasets/ja-held-out"},
         "prepare": {"source": {"type": "jacappella", "path": "s3://raw/jacappella"}, "lyrics": {"clean": "japanese"}},
     },
     "train": {
@@ -46,7 +46,7 @@ def test_the_job_of_the_design_is_right_and_lacks_only_what_comes_later():
     assert impossible_combinations(job) == []
     assert [dotted(path) for path, _ in unavailable(job)] == [
         "data.prepare.source.type", "data.prepare.lyrics.clean", "validation.stop_if",
-        "budget.hours", "budget.usd", "retrain",
+        "budget.hours", "budget.usd",
     ]  # fmt: skip
 
 
@@ -114,6 +114,22 @@ IMPOSSIBLE = [
         ["store=file://./store", "cluster={backend: kubernetes, profile: a100}"],
         "is on this machine, where kubernetes cannot see it; write s3:// or gs://",
     ),
+    (
+        ["retrain={cron: '0 3 * * 0'}"],
+        "data.validation: retrain needs songs that stay the same, a dataset of its own; write {dataset: s3://…}",
+    ),
+    (
+        ["retrain={cron: '0 3 * * 0'}", "validation={}"],
+        "validation.prompts: retrain compares songs with the champion's; add a prompt",
+    ),
+    (
+        ["retrain={cron: '0 3 * * 0'}", "method={type: full}"],
+        "method.type: retrain goes on from the champion's adapter, and full has none; write lora",
+    ),
+    (
+        ["retrain={cron: '0 3 * * 0'}", "method.pissa=true"],
+        "method.pissa: retrain goes on from the champion's adapter, and PiSSA cannot; remove it",
+    ),
     (["tracking.username=me"], "tracking: username and password go together; add password"),
 ]
 
@@ -139,7 +155,7 @@ LATER = [
     ("cluster={backend: existing, address: 'http://h:8265', profile: cpu, workers: 2}",
      "cluster.backend: backend existing is not available yet; write local or kubernetes"),
     ("data.prepare={source: {type: zip, path: s3://曲}}",
-     "data.prepare.source.type: source zip is not available yet; write folder, jsonl, speakers or demo"),
+     "data.prepare.source.type: source zip is not available yet; write folder, jsonl, speakers, protos or demo"),
     ("data.prepare={source: {type: folder, path: s3://曲}}",
      "data.prepare.source.path: reading songs from a URL is not available yet; copy them to a folder of this machine"),
     ("data.prepare={source: {type: demo, style: a}, mode: on-the-fly}",
@@ -162,8 +178,6 @@ LATER = [
      "as in train.optimizer"),
     ("validation.stop_if=[silent]", "validation.stop_if: stopping on bad audio is not available yet; remove it"),
     ("budget.usd=40", "budget.usd: enforcing a budget is not available yet; remove it"),
-    ("retrain={cron: '0 3 * * 0', timezone: Asia/Tokyo}",
-     "retrain: retraining on a schedule is not available yet; remove it"),
 ]  # fmt: skip
 
 

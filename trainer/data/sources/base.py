@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+
+import numpy as np
 
 from trainer.data.dataset import Failure
 from trainer.spec.errors import DataError
@@ -27,7 +30,7 @@ class SourceSong:
     Attributes:
         id: unique in its source.
         group: singer, album or folder; a song that belongs to none is a group of its own.
-        audio: path of the audio file in the source's files.
+        audio: path of the audio file in the source's files; where there are only codes, what they are known by.
         tags: caption or tags, may be empty.
         lyrics: may be empty.
     """
@@ -43,6 +46,8 @@ class SongSource(ABC):
     """Songs to be prepared. Use it in a ``with`` statement: it may hold temporary files."""
 
     files: "Files"
+    codes_suffix = ".tokens.npy"
+    """Takes the place of the audio file's ending in the name of a file of codes beside it."""
 
     def __enter__(self) -> "SongSource":
         return self
@@ -59,6 +64,20 @@ class SongSource(ABC):
     @abstractmethod
     def songs(self) -> list[SourceSong | Failure]:
         """Every song, and what should have been one but cannot be read, in a fixed order."""
+
+    def codes(self, song: SourceSong) -> np.ndarray | None:
+        """The array of codes that lies beside the song, which then need not be made; None if there is none.
+
+        Raises:
+            DataError: the file is no array.
+        """
+        path = str(PurePosixPath(song.audio).with_suffix(self.codes_suffix))
+        if path not in self.files.sizes:
+            return None
+        try:
+            return np.load(BytesIO(self.files.store.get(path)), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{path} is no array of codes: {error}") from error
 
 
 class Files:

@@ -1,4 +1,4 @@
-"""Recordings by speaker, each with a transcript."""
+"""Recordings by speaker, each with a transcript, as fish-speech keeps them."""
 
 from pathlib import PurePosixPath
 
@@ -10,7 +10,12 @@ from .base import Files, SongSource, SourceSong, is_audio, own_group, without_tw
 
 
 class Speakers(SongSource):
-    """``SPEAKER/NAME.wav`` with ``SPEAKER/NAME.lab``; each speaker is a group, the transcript becomes the lyrics."""
+    """``SPEAKER/NAME.wav`` with ``SPEAKER/NAME.lab``; each speaker is a group, the transcript becomes the lyrics.
+
+    Codes are in ``NAME.npy``, where fish-speech's ``tools/vqgan/extract_vq.py`` (v1.5.1) writes them.
+    """
+
+    codes_suffix = ".npy"
 
     def __init__(self, spec: SpeakersSource) -> None:
         self.files = Files(spec.path)

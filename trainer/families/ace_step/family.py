@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from trainer.codecs import dcae
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Batch, Example, Family, unwrapped
+from trainer.families.padding import padded
+from trainer.families.text_encoder import TextEncoder
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import AceStep
 
+from .adapter import export_adapter
 from .generate import Sampler, generate
 from .lyrics import LyricTokenizer, open_lyric_tokenizer
-from .network import AceStepNetwork, Conditions, Frames, unwrapped
+from .network import AceStepNetwork, Conditions, Frames
 from .objective import (
     TIMESTEPS,
     clean,
@@ -27,7 +30,7 @@ from .objective import (
     timestep_index,
     training_sigmas,
 )
-from .text import TextEncoder, open_text_encoder
+from .text import dimmed, open_text_encoder
 from .weights import Release, load_network, open_release, save_network
 
 TEXT_DROPOUT, LYRIC_DROPOUT = 0.15, 0.15
@@ -63,7 +66,11 @@ class AceStepFamily(Family):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network as the release's folder ``ace_step_transformer``; the text encoder stays where it is."""
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, AceStepNetwork), folder, values)
+
+    def export_adapter(self, folder: Path, to: Path) -> None:
+        """Write ``pytorch_lora_weights.safetensors``, see ``adapter.export_adapter``."""
+        export_adapter(folder, to)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """``text_hidden`` [L, text_width], float16, of each song's tags; ``lyric_ids`` [M], int32, of its lyrics."""
@@ -84,13 +91,12 @@ class AceStepFamily(Family):
         if training:
             for row, example in zip(rows, examples, strict=True):
                 _drop(row, np.random.Generator(np.random.PCG64(example.seed)))
-        latents, inside = _stacked([row["latents"] for row in rows])
+        latents, inside = padded([row["latents"] for row in rows])
         tensors = {"latents": latents, "inside": inside, **_condition_tensors(rows)}
         for name in self.ssl:
             for example in examples:
                 _check_features(example, name, self.frame_rate)
-            features, there = _stacked([row[name].T for row in rows])
-            tensors |= {name: features.transpose(1, 2), f"{name}_mask": there}
+            tensors[name], tensors[f"{name}_mask"] = padded([row[name] for row in rows], axis=0)
         frames = int(inside.sum())
         counts = {"mse": float(frames * latents[0, ..., 0].numel())}
         counts |= {f"ssl/{name}": float(tensors[f"{name}_mask"].sum()) for name in self.ssl}
@@ -120,13 +126,13 @@ class AceStepFamily(Family):
         dice = [np.random.Generator(np.random.PCG64(prompt.seed)) for prompt in prompts]
         shapes = [(*dcae.SHAPE, count) for count in frames]
         device = next(network.parameters()).device
-        noise, inside = _stacked(
+        noise, inside = padded(
             [die.standard_normal(shape, np.float32) for die, shape in zip(dice, shapes, strict=True)]
         )
         rows = self.conditions([{"tags": prompt.tags, "lyrics": prompt.lyrics} for prompt in prompts])
         conditions = self._conditions({name: value.to(device) for name, value in _condition_tensors(rows).items()})
-        dim_text, _ = _stacked([hidden.T for hidden in self._text([prompt.tags for prompt in prompts], dim=True)])
-        dim_text, inside = dim_text.transpose(1, 2).to(device), inside.to(device)
+        dim_text, _ = padded(dimmed(self._text, [prompt.tags for prompt in prompts]), axis=0)
+        dim_text, inside = dim_text.to(device), inside.to(device)
         sampler = Sampler(guidance=sampling.guidance, shift=self.model.shift)
         steps = generate(network, noise.to(device), conditions, dim_text, Frames(inside, inside), sampler)
         _, latents = deque(steps, maxlen=1).pop()
@@ -173,22 +179,9 @@ def _drop(row: dict[str, np.ndarray], dice: np.random.Generator) -> None:
 
 def _condition_tensors(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
     """``text_hidden`` [B, L, text_width], ``lyric_ids`` [B, M] and their masks, ``L`` and ``M`` at least 1."""
-    hidden, text_mask = _stacked([row["text_hidden"].T for row in rows])
-    ids, lyric_mask = _stacked([row["lyric_ids"].astype(np.int64) for row in rows])
-    return {
-        "text_hidden": hidden.transpose(1, 2),
-        "text_mask": text_mask,
-        "lyric_ids": ids,
-        "lyric_mask": lyric_mask,
-    }
-
-
-def _stacked(arrays: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Arrays padded with zeros along their last axis, to 1 at least, and where they are not padding."""
-    lengths = torch.tensor([array.shape[-1] for array in arrays])
-    most = max(int(lengths.max()), 1)
-    padded = [nn.functional.pad(torch.tensor(array), (0, most - array.shape[-1])) for array in arrays]
-    return torch.stack(padded), torch.arange(most) < lengths[:, None]
+    hidden, text_mask = padded([row["text_hidden"] for row in rows], axis=0)
+    ids, lyric_mask = padded([row["lyric_ids"].astype(np.int64) for row in rows])
+    return {"text_hidden": hidden, "text_mask": text_mask, "lyric_ids": ids, "lyric_mask": lyric_mask}
 
 
 def _check_features(example: Example, name: str, frame_rate: float) -> None:

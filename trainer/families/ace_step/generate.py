@@ -15,7 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .network import AceStepNetwork, Conditions, Frames, unwrapped
+from trainer.families.base import unwrapped
+
+from .network import AceStepNetwork, Conditions, Frames
 from .objective import SHIFT, TIMESTEPS, sampling_sigmas
 
 
@@ -77,7 +79,7 @@ def generate(
         frames: which of the frames are the songs'.
         sampler: the rest.
     """
-    core = unwrapped(network)
+    core = unwrapped(network, AceStepNetwork)
     clear, dim = core.encode(conditions), _dim_context(core, conditions, dim_text, sampler)
     sigmas = sampling_sigmas(sampler.steps, sampler.shift, sampler.timesteps).to(noise.device)
     first, last = (int(sampler.steps * (0.5 + sign * sampler.interval / 2)) for sign in (-1, 1))

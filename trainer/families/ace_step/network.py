@@ -30,8 +30,6 @@ PATCH_WIDTH = 256
 """Channels of the patch embedding, for each latent channel."""
 UNUSED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Layers of every cross-attention that upstream stores and never uses."""
-
-
 Rope = tuple[Float[Tensor, "*L W"], Float[Tensor, "*L W"]]
 """Cosines and sines by which positions are told apart."""
 
@@ -159,6 +157,7 @@ class AceStepNetwork(nn.Module):
         self.final_layer = _FinalLayer(config)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not any(f".{unused}." in name for unused in UNUSED))
+        self.speaker_embedder.weight.requires_grad_(False)  # upstream's release knows zeros for a speaker, no other
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the blocks' activations in the backward pass."""
@@ -229,11 +228,6 @@ class AceStepNetwork(nn.Module):
             tapped += [hidden] * config.ssl_encoder_depths.count(index)
         guesses = [layer(tap) for layer, tap in zip(self.projectors, tapped, strict=True)] if project else []
         return self.final_layer(hidden, time).float(), guesses
-
-
-def unwrapped(network: nn.Module) -> AceStepNetwork:
-    """The network inside whatever PEFT, DDP or DeepSpeed have put around it."""
-    return next(module for module in network.modules() if isinstance(module, AceStepNetwork))
 
 
 def time_features(timestep: Float[Tensor, " B"]) -> Float[Tensor, "B 256"]:

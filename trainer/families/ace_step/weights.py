@@ -1,18 +1,14 @@
 """ACE-Step's weights: ``random:…`` or the official release; strictly loaded, saved alike."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, local_path, random_weights, read_json, tensors
+from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
 
 from .network import AceStepNetwork, Config
 
@@ -94,10 +90,6 @@ def open_release(url: str) -> Release:
     """
     scheme, _, rest = url.partition(":")
     if scheme == "random":
-        if rest not in RANDOM:
-            raise UtaforgeError(
-                f"model.pretrained: there is no {url!r}", f"write one of random:{', random:'.join(RANDOM)}"
-            )
         return Release(url, None, RANDOM[rest])
     path = local_path(url, "model.pretrained")
     if (path / PART).is_dir():
@@ -119,17 +111,7 @@ def load_network(release: Release) -> AceStepNetwork:
 
 
 def save_network(release: Release, network: AceStepNetwork, folder: Path, values: Mapping[str, Tensor]) -> None:
-    """Write ``network`` as a folder that ``open_release`` reads back, and that takes ``ace_step_transformer``'s place.
-
-    Args:
-        release: what ``network`` was loaded from.
-        network: its own values count where ``values`` has none.
-        folder: is made.
-        values: parameters by name.
-    """
+    """See ``Family.save``: a folder that ``open_release`` reads back, in place of ``ace_step_transformer``."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**network.state_dict(), **values}
-    told = {"_class_name": "ACEStepTransformer2DModel", **release.told}
-    (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    whole = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in state.items()}
-    save_file(whole, folder / WEIGHTS, {"format": "pt"})
+    write_json(folder / "config.json", {"_class_name": "ACEStepTransformer2DModel", **release.told})
+    save({**network.state_dict(), **values}, folder / WEIGHTS)

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.cross_entropy import NO_LABEL
+from trainer.families.sampling import draw_table
 from trainer.spec.errors import DataError
 from trainer.spec.families import FISH_SPEECH
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import FishSpeech
 
-from .generate import Sampler, draw_table, generate
-from .network import FishSpeechNetwork, unwrapped
+from .adapter import export_adapter
+from .generate import Sampler, generate
+from .network import FishSpeechNetwork
 from .objective import example, prompt
 from .text import Tokenizer
 from .weights import Release, load_network, open_release, save_network
@@ -26,7 +28,7 @@ CODES = 1000
 """Of the codec, in each codebook; the network has room for 1,024."""
 
 
-class FishSpeechFamily(Family):
+class FishSpeechFamily(Autoregressive):
     """fish-speech 1.4 or 1.5, configured by a job's ``model:`` section.
 
     ``base`` is the cross entropy of the tokens, ``semantic`` that of the codes; they count alike, as upstream.
@@ -51,7 +53,13 @@ class FishSpeechFamily(Family):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, FishSpeechNetwork), folder, values)
+
+    def export_adapter(self, folder: Path, to: Path) -> None:
+        """Write ``lora.ckpt`` and its settings, see ``adapter.export_adapter``."""
+        with torch.device("meta"):
+            shapes = FishSpeechNetwork(self.release.config, self.tokenizer.semantic)
+        export_adapter(folder, to, shapes)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """Nothing: the network reads the text itself."""
@@ -102,6 +110,38 @@ class FishSpeechFamily(Family):
         sampler = Sampler(temperature=sampling.temperature, top_k=sampling.top_k)
         songs = generate(network, given, frames, draws, sampler, self.tokenizer.end)
         return [{"codes": self._codes(song)} for song in songs]
+
+    def greedy(self, network: nn.Module, example: Example, frames: int) -> Batch:
+        """``inputs`` and ``labels`` as ``collate`` has them, with what the network has made, be it audio or not.
+
+        Codes that were not chosen have no label: the first one in 1.5, and all where the fast network was not asked.
+        """
+        text, tags = example.text.get("lyrics", ""), example.text.get("tags", "")
+        before = prompt(self.tokenizer, text, tags, self.codebooks)
+        draws = torch.zeros(1, frames, 1 + self.codebooks)
+        sampler = Sampler(top_k=1, repetition_penalty=1.0)
+        (made,) = generate(network, [before], [frames], draws, sampler, self.tokenizer.end)
+        made = made.cpu()
+        labels = made.masked_fill(~made[1:-1].any(0) & (torch.arange(len(made)) > 0)[:, None], NO_LABEL)
+        if unwrapped(network, FishSpeechNetwork).code_in_token:
+            labels[1] = NO_LABEL
+        labels = functional.pad(labels, (before.shape[1] - 1, 1), value=NO_LABEL)
+        return Batch({"inputs": torch.cat([before, made], 1)[None], "labels": labels[None]}, {}, made.shape[1])
+
+    def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
+        """A token sees the frames before its own; codes also see their own, of which they are a part."""
+        inputs, labels = batch.tensors["inputs"], batch.tensors["labels"]
+        of_tokens, of_codes = network(inputs)
+        semantic = self.tokenizer.semantic
+        frames = ((inputs[:, 0] >= semantic.start) & (inputs[:, 0] < semantic.stop)).cumsum(1)
+        found = []
+        for logits, ids, seen in (
+            (of_tokens, labels[:, 0], frames),
+            (of_codes, labels[:, 1:].mT, (frames + 1)[..., None]),
+        ):
+            there = ids != NO_LABEL
+            found.append(Predictions(logits[there], ids[there], seen.expand_as(ids)[there]))
+        return found
 
     @cached_property
     def release(self) -> Release:

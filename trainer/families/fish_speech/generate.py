@@ -6,13 +6,15 @@ Upstream: fishaudio/fish-speech@58046ea (v1.5.1), fish_speech/models/text2semant
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .network import FishSpeechNetwork, unwrapped
+from trainer.families.base import unwrapped
+from trainer.families.sampling import passed
+
+from .network import FishSpeechNetwork
 
 WINDOW = 16
 """Frames whose ids the penalty looks at."""
@@ -54,9 +56,8 @@ class Sampler:
         out = ordered.softmax(1).cumsum(1) > self.top_p
         out[:, self.top_k or ordered.shape[1] :] = True
         out[:, 0] = False
-        reached = (ordered / self.temperature).masked_fill(out, -torch.inf).double().softmax(1).cumsum(1)
-        place = torch.searchsorted(reached, draws.double()[:, None] * reached[:, -1:], right=True)
-        return ids.gather(1, place.clamp(max=ids.shape[1] - 1)).squeeze(1)
+        kept = (ordered / self.temperature).masked_fill(out, -torch.inf).double().softmax(1)
+        return ids.gather(1, passed(kept, draws)[:, None]).squeeze(1)
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def generate(
         sampler: how ids are drawn.
         end: the token after which a row is done.
     """
-    core = unwrapped(network)
+    core = unwrapped(network, FishSpeechNetwork)
     device = core.norm.weight.device
     lengths = torch.tensor([prompt.shape[1] for prompt in prompts], device=device)
     most, longest = max(frames), int(lengths.max())
@@ -107,14 +108,6 @@ def generate(
             break
         hidden = core.slow(frame[..., None], positions=(lengths + step)[:, None], cache=cache)[:, 0]
     return [_until(row[:, :count], end) for row, count in zip(made, frames, strict=True)]
-
-
-def draw_table(frames: Sequence[int], seeds: Sequence[int], ids: int) -> Float[Tensor, "B F ids"]:
-    """Uniform numbers in [0, 1), each row's from its own seed and so independent of the other rows."""
-    table = np.zeros((len(frames), max(frames), ids))
-    for row, count, seed in zip(table, frames, seeds, strict=True):
-        row[:count] = np.random.Generator(np.random.PCG64(seed)).random((count, ids))
-    return torch.from_numpy(table)
 
 
 def _frame(

@@ -329,8 +329,3 @@ def rotate(states: Float[Tensor, "B H S D"], turn: tuple[Tensor, Tensor]) -> Flo
     even, odd = states.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], -1)
     return turned.flatten(-2).to(states.dtype)
-
-
-def unwrapped(network: nn.Module) -> FishSpeechNetwork:
-    """The network inside whatever PEFT, DDP or DeepSpeed have put around it."""
-    return next(module for module in network.modules() if isinstance(module, FishSpeechNetwork))

@@ -60,7 +60,7 @@ def read_protos(file: Path) -> Iterator[Group]:
                 if len(message) < length:
                     raise ValueError("it ends in the middle of a group")
                 yield _group(message)
-            except (ValueError, IndexError, struct.error) as error:
+            except (ValueError, IndexError, OverflowError, struct.error) as error:
                 raise DataError(f"{file}: is no .protos file, or damaged: {error}", "pack or copy it again") from error
 
 

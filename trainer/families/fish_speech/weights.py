@@ -1,18 +1,16 @@
 """fish-speech's weights: ``random:…`` or an official release; strictly loaded, saved alike."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainer.spec.errors import UtaforgeError
 from trainer.spec.model import FishSpeech
-from trainer.weights import load, local_path, random_weights, read_json, tensors
+from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
 
 from .network import Config, FishSpeechNetwork
 from .text import Bytes, Json, Ranks, Tokenizer
@@ -20,7 +18,10 @@ from .text import Bytes, Json, Ranks, Tokenizer
 TOKENIZERS = {"1.4": "tokenizer.json", "1.5": "tokenizer.tiktoken"}
 """The file by which a release's version is known."""
 WEIGHTS = "model.pth"
+BYTES = "byte_tokenizer"
+"""Key of a configuration whose text is read byte by byte: that of ``random:…``, which knows no language."""
 _SHARED = {
+    BYTES: True,
     "model_type": "dual_ar",
     "rope_base": 1e6,
     "norm_eps": 1e-6,
@@ -84,12 +85,12 @@ class Release:
         return self.path.parent if self.path and self.path.is_file() else self.path
 
     def tokenizer(self) -> Tokenizer:
-        """The release's tokenizer; with random weights, a stand-in.
+        """The release's tokenizer; a stand-in for networks made up here.
 
         Raises:
             UtaforgeError: the tokenizer of this version is not in the release, or of another vocabulary.
         """
-        if self.folder is None:
+        if self.folder is None or self.told.get(BYTES):
             return Bytes(self.version, self.told["vocab_size"])
         file = self.folder / TOKENIZERS[self.version]
         if not file.exists():
@@ -137,21 +138,13 @@ def load_network(release: Release, semantic: range) -> FishSpeechNetwork:
 
 
 def save_network(release: Release, network: FishSpeechNetwork, folder: Path, values: Mapping[str, Tensor]) -> None:
-    """Write ``network`` as a release that upstream and ``open_release`` read, with the tokenizer beside it.
-
-    Args:
-        release: what ``network`` was loaded from.
-        network: its own values count where ``values`` has none.
-        folder: is made.
-        values: parameters by name.
-    """
+    """See ``Family.save``: a release that upstream and ``open_release`` read, with the tokenizer beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     if release.folder is not None:
         for file in release.folder.glob("*token*"):
             shutil.copyfile(file, folder / file.name)
-    (folder / "config.json").write_text(json.dumps(release.told, indent=1) + "\n", encoding="utf-8")
-    state = {**network.state_dict(), **values}
-    torch.save({name: value.detach().to("cpu", torch.float32) for name, value in state.items()}, folder / WEIGHTS)
+    write_json(folder / "config.json", release.told)
+    save({**network.state_dict(), **values}, folder / WEIGHTS)
 
 
 def _state(path: Path) -> Iterator[tuple[str, Tensor]]:

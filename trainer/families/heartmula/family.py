@@ -1,6 +1,7 @@
 """The HeartMuLa family: what the trainer sees of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import HeartMuLa
 
-from .objective import song_rows
+from .objective import contexts, song_rows
 from .text import Tokenize, open_tokenizer, prompt_rows
 from .weights import Release, load_network, open_release, save_network
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .network import HeartMuLaConfig, HeartMuLaNetwork
 
 
-class HeartMuLaFamily(Family):
+class HeartMuLaFamily(Autoregressive):
     """HeartMuLa, configured by a job's ``model:`` section.
 
     The loss is ``ce0``, of the first codebook, plus ``ce_k``, the mean of the others'.
@@ -52,9 +53,9 @@ class HeartMuLaFamily(Family):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
-        from .network import unwrapped
+        from .network import HeartMuLaNetwork
 
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, HeartMuLaNetwork), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """None: text is tokenised as it is read."""
@@ -116,6 +117,29 @@ class HeartMuLaFamily(Family):
         rows, slots = zip(*texts, strict=True)
         songs = generate(network, rows, slots, frames, sampling.guidance, take)
         return [{"codes": np.where(codes < self.vocabulary, codes, 0).astype(np.uint16)} for codes in songs]
+
+    def greedy(self, network: nn.Module, example: Example, frames: int) -> Batch:
+        """As ``collate`` makes it, without an end."""
+        from .generate import generate
+
+        rows, slot = self._prompt(example.text.get("tags", ""), example.text.get("lyrics", ""))
+        (codes,) = generate(network, [rows], [slot], [frames], 1, lambda _, __, logits: logits.argmax(-1))
+        song = replace(example, arrays={**example.arrays, "codes": codes}, ends=False)
+        return self.collate([song], training=False)
+
+    def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
+        """The first codebook sees the frames before its own; the others see their own too, of which they are a part."""
+        from .network import HeartMuLaNetwork
+
+        core = unwrapped(network, HeartMuLaNetwork)
+        tokens, mask, unconditional, slot = (batch.tensors[n] for n in ("tokens", "mask", "unconditional", "slot"))
+        hidden = core.hidden(core.embed(tokens, mask, unconditional, slot), mask)
+        context, codes = contexts(hidden, tokens, mask[..., 0])
+        inner = core.depth(context, codes[:, :-1])
+        books = [core.logits(book, inner[:, book] if book else context) for book in range(self.codebooks)]
+        frames = torch.arange(len(codes), device=codes.device)
+        seen = torch.stack([frames + bool(book) for book in range(self.codebooks)])
+        return [Predictions(torch.cat(books), codes.T.flatten(), seen.flatten())]
 
     @cached_property
     def release(self) -> Release:

@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from trainer.families.base import unwrapped
+from trainer.families.sampling import draw_table, sample
 from trainer.spec.job import Sampling
 
-from .network import RowCache, unwrapped
+from .network import HeartMuLaNetwork, RowCache
 
 Take = Callable[[int, int, Float[Tensor, "B V"]], Int[Tensor, " B"]]
 """Frame, codebook and the logits after guidance → codes."""
@@ -41,7 +43,7 @@ def generate(
         guidance: logits are ``unconditional + guidance · (conditional - unconditional)``; 1 is off.
         take: codes from logits.
     """
-    core = unwrapped(network)
+    core = unwrapped(network, HeartMuLaNetwork)
     device, songs, guided = core.muq_linear.bias.device, len(prompts), guidance > 1
     tokens, mask, slot = (x.to(device).repeat(1 + guided, *[1] * (x.ndim - 1)) for x in _padded(prompts, slots))
     unconditional = torch.arange(len(tokens), device=device) >= songs
@@ -71,16 +73,10 @@ def generate(
 
 def sampler(sampling: Sampling, seeds: Sequence[int], frames: int, books: int) -> Take:
     """Temperature and top-k; the code taken is where the cumulative probability passes the song's random number."""
-    tables = [np.random.Generator(np.random.PCG64(seed)).random((frames, books)) for seed in seeds]
-    draws = torch.from_numpy(np.stack(tables))
+    draws = draw_table([frames] * len(seeds), seeds, books)
 
     def take(frame: int, book: int, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-        logits = logits.double() / sampling.temperature
-        if 0 < sampling.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
-        reached = logits.softmax(-1).cumsum(-1)
-        wanted = draws[:, frame, book, None].to(logits.device) * reached[:, -1:]
-        return torch.searchsorted(reached, wanted, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+        return sample(logits, draws[:, frame, book].to(logits.device), sampling.temperature, sampling.top_k)
 
     return take
 

@@ -53,6 +53,7 @@ class HeartMuLaNetwork(nn.Module):
         self.codebook0_head = nn.Linear(width, ids, bias=False)
         self.audio_head = nn.Parameter(torch.randn(books - 1, inner, ids) / inner**0.5)
         self.muq_linear = nn.Linear(config.muq_dim, width)
+        self.muq_linear.weight.requires_grad_(False)  # there is no reference audio: it only ever sees zeros
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the layers' activations in the backward pass."""
@@ -155,8 +156,3 @@ class RowCache(Cache):
         itself = ones.triu(seen - new).tril(seen - new)
         mask = (self._valid[:, None] & ones.tril(seen - new)) | itself
         return self._valid.cumsum(1)[:, -new:] - 1, mask[:, None]
-
-
-def unwrapped(network: nn.Module) -> HeartMuLaNetwork:
-    """The network inside whatever PEFT, DDP or DeepSpeed have put around it."""
-    return next(module for module in network.modules() if isinstance(module, HeartMuLaNetwork))

@@ -1,18 +1,15 @@
 """HeartMuLa's weights: ``random:…`` or an official release; strictly loaded, saved alike."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, local_path, random_weights, read_json, tensors
+from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
 
 from .llama import LlamaConfig
 
@@ -109,23 +106,10 @@ def load_network(release: Release) -> "HeartMuLaNetwork":
 
 
 def save_network(release: Release, network: "HeartMuLaNetwork", folder: Path, values: Mapping[str, Tensor]) -> None:
-    """Write ``network`` as a release that ``open_release`` reads back, with the tokenizer of ``release`` beside it.
-
-    Args:
-        release: what ``network`` was loaded from.
-        network: its own values count where ``values`` has none.
-        folder: is made.
-        values: parameters by name.
-    """
+    """See ``Family.save``: a release that ``open_release`` reads back, with the tokenizer beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in BESIDE:
         if file := release.file(name):
             shutil.copyfile(file, folder / name)
-    told = {"model_type": "heartmula", **release.told}
-    (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    state = {**network.state_dict(), **values}
-    save_file(
-        {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in state.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    write_json(folder / "config.json", {"model_type": "heartmula", **release.told})
+    save({**network.state_dict(), **values}, folder / "model.safetensors")

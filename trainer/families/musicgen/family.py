@@ -4,6 +4,7 @@ The network is imported where it is made or used: preparing songs does without t
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,23 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
+from trainer.families.cross_entropy import NO_LABEL
+from trainer.families.padding import padded
+from trainer.families.text_encoder import TextEncoder
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import MusicGen
 
 from .objective import delay
-from .text import TextEncoder, open_text_encoder
+from .text import open_text_encoder
 from .weights import Release, load_network, open_release, save_network
 
 if TYPE_CHECKING:
+    from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
+
     from .network import MusicGenNetwork
 
 FRAME_RATE = 50.0
 """Frames per second, of EnCodec at 32 kHz and of the pocket codec alike."""
 
 
-class MusicGenFamily(Family):
+class MusicGenFamily(Autoregressive):
     """MusicGen, configured by a job's ``model:`` section.
 
     The loss is ``ce``; ``ce/0`` … ``ce/3``, one per codebook, are for the eye.
@@ -45,15 +51,15 @@ class MusicGenFamily(Family):
         """``ce`` counts; the codebooks' own terms have no weight."""
         return {"ce": 1.0, **{f"ce/{k}": 0.0 for k in range(self.codebooks)}}
 
-    @cached_property
+    @property
     def codebooks(self) -> int:
         """Of the network's configuration."""
-        return self.release.decoder_config(0.0).num_codebooks
+        return self._config.num_codebooks
 
-    @cached_property
+    @property
     def vocabulary(self) -> int:
         """Of the network's configuration."""
-        return self.release.decoder_config(0.0).vocab_size
+        return self._config.vocab_size
 
     def network(self) -> "MusicGenNetwork":
         """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
@@ -61,9 +67,9 @@ class MusicGenFamily(Family):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network in the format of the official release."""
-        from .network import unwrapped
+        from .network import MusicGenNetwork
 
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, MusicGenNetwork), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """``text_hidden`` [L, text_width], float16, of each song's tags."""
@@ -75,17 +81,15 @@ class MusicGenFamily(Family):
         Raises:
             DataError: a song has more frames than the network has positions.
         """
-        codes = [torch.from_numpy(example.arrays["codes"].astype(np.int64)) for example in examples]
-        for example, song in zip(examples, codes, strict=True):
-            self._check_length(song.shape[-1], f"song {example.id}")
-        hidden, mask = _text_batch([example.arrays["text_hidden"] for example in examples])
+        for example in examples:
+            self._check_length(example.arrays["codes"].shape[-1], f"song {example.id}")
+        codes, inside = padded([example.arrays["codes"].astype(np.int64) for example in examples])
+        hidden, mask = padded([example.arrays["text_hidden"] for example in examples], axis=0)
         if training:
             draws = [np.random.Generator(np.random.PCG64(example.seed)).random() for example in examples]
             mask &= torch.tensor([draw >= self.model.cfg_dropout for draw in draws])[:, None]
-        length = torch.tensor([song.shape[-1] for song in codes])
-        frames = int(length.sum())
-        padded = torch.stack([nn.functional.pad(song, (0, int(length.max()) - song.shape[-1])) for song in codes])
-        tensors = {"codes": padded, "length": length, "text_hidden": hidden, "text_mask": mask}
+        frames = int(inside.sum())
+        tensors = {"codes": codes, "length": inside.sum(1), "text_hidden": hidden, "text_mask": mask}
         counts = {term: float(frames * self.codebooks if term == "ce" else frames) for term in self.terms}
         return Batch(tensors, counts, frames)
 
@@ -108,9 +112,25 @@ class MusicGenFamily(Family):
         for index, count in enumerate(frames):
             self._check_length(count, f"prompt {index + 1}")
         conditions = self.conditions([{"tags": prompt.tags} for prompt in prompts])
-        text = _text_batch([condition["text_hidden"] for condition in conditions])
+        text = padded([condition["text_hidden"] for condition in conditions], axis=0)
         seeds = [prompt.seed for prompt in prompts]
         return [{"codes": codes} for codes in generate(network, frames, seeds, *text, sampling)]
+
+    def greedy(self, network: nn.Module, example: Example, frames: int) -> Batch:
+        """As ``collate`` makes it."""
+        from .generate import generate
+
+        text = padded([example.arrays["text_hidden"]], axis=0)
+        (codes,) = generate(network, [frames], [example.seed], *text, Sampling(guidance=1, top_k=1))
+        return self.collate([replace(example, arrays={**example.arrays, "codes": codes})], training=False)
+
+    def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
+        """A step of the delay pattern sees as many frames of the first codebook as there are steps before it."""
+        codes, length, hidden, mask = (batch.tensors[n] for n in ("codes", "length", "text_hidden", "text_mask"))
+        ids, labels = delay(codes, length, self.vocabulary)
+        there = labels != NO_LABEL
+        steps = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
+        return [Predictions(network(ids, hidden, mask)[there], labels[there], steps[there])]
 
     @cached_property
     def release(self) -> Release:
@@ -122,21 +142,13 @@ class MusicGenFamily(Family):
         return open_text_encoder(self.release, self.model.text_encoder)
 
     @cached_property
-    def _positions(self) -> int:
-        return self.release.decoder_config(0.0).max_position_embeddings
+    def _config(self) -> "MusicgenDecoderConfig":
+        return self.release.decoder_config(self.model.dropout)
 
     def _check_length(self, frames: int, whose: str) -> None:
-        most = self._positions - self.codebooks + 1
+        most = self._config.max_position_embeddings - self.codebooks + 1
         if frames > most:
             raise DataError(
                 f"{whose} has {frames} frames ({frames / FRAME_RATE:.1f} s), the network has positions for {most}",
                 f"ask for at most {most / FRAME_RATE:.1f} s (model.segment_seconds, validation.prompts.seconds)",
             )
-
-
-def _text_batch(hidden: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Hidden states padded to [B, L, text_width], ``L`` at least 1, and their mask."""
-    most = max(1, *(len(text) for text in hidden))
-    padded = np.stack([np.pad(text, ((0, most - len(text)), (0, 0))) for text in hidden])
-    mask = torch.arange(most) < torch.tensor([len(text) for text in hidden])[:, None]
-    return torch.from_numpy(padded), mask

@@ -13,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from trainer.families.base import unwrapped
+from trainer.families.sampling import draw_table, sample
 from trainer.spec.job import Sampling
 
-from .network import unwrapped
+from .network import MusicGenNetwork
 
 
 @torch.no_grad()
@@ -37,14 +39,14 @@ def generate(
         text_mask: where they are text; a row without any is unconditional.
         sampling: guidance (Copet et al. 2023, section 3.4; 1 is off), temperature, top-k.
     """
-    core = unwrapped(network)
+    core = unwrapped(network, MusicGenNetwork)
     device, books = core.enc_to_dec_proj.weight.device, core.config.num_codebooks
     guided = sampling.guidance > 1
     hidden, mask = text_hidden.to(device), text_mask.to(device)
     if guided:
         hidden, mask = torch.cat([hidden, hidden]), torch.cat([mask, torch.zeros_like(mask)])
     ends = torch.tensor(frames, device=device)[:, None]
-    draws = _draws(frames, seeds, books).to(device)
+    draws = draw_table([count + books - 1 for count in frames], seeds, books).to(device)
     cache = EncoderDecoderCache(DynamicCache(config=core.config), DynamicCache(config=core.config))
     column = torch.full((len(frames), books), core.pad, device=device)
     columns: list[Tensor] = []
@@ -54,31 +56,12 @@ def generate(
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + sampling.guidance * (conditional - unconditional)
-        sampled = _sample(logits, draws[:, step], sampling)
+        sampled = sample(logits, draws[:, step], sampling.temperature, sampling.top_k)
         columns.append(sampled)
         frame = step - torch.arange(books, device=device)
         column = torch.where((frame >= 0) & (frame < ends), sampled, core.pad)
     delayed = torch.stack(columns, -1).cpu().numpy()
     return [_undelayed(row, count) for row, count in zip(delayed, frames, strict=True)]
-
-
-def _draws(frames: Sequence[int], seeds: Sequence[int], books: int) -> Float[Tensor, "B S K"]:
-    """Uniform numbers in [0, 1), each song's from its own seed."""
-    table = np.zeros((len(frames), max(frames) + books - 1, books))
-    for row, count, seed in zip(table, frames, seeds, strict=True):
-        row[: count + books - 1] = np.random.Generator(np.random.PCG64(seed)).random((count + books - 1, books))
-    return torch.from_numpy(table)
-
-
-def _sample(logits: Float[Tensor, "B K V"], draws: Float[Tensor, "B K"], sampling: Sampling) -> Int[Tensor, "B K"]:
-    """The code at which the cumulative probability passes the number drawn."""
-    logits = logits.double() / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    reached = logits.softmax(-1).cumsum(-1)
-    wanted = draws[..., None] * reached[..., -1:]
-    return torch.searchsorted(reached, wanted, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 def _undelayed(delayed: Int[np.ndarray, "K S"], frames: int) -> Int[np.ndarray, "K T"]:

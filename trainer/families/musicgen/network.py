@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, MusicgenForCausalLM
 from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
+from trainer.families.cross_entropy import labelled
+
 from .objective import cross_entropy_sums
 
 
@@ -53,6 +55,8 @@ class MusicGenNetwork(nn.Module):
 
         A row without any text is unconditional. With a ``cache``, ``ids`` continue what the cache holds.
         """
+        # Finding labels waits for the GPU: before the decoder, not between it and what follows.
+        books = None if labels is None else [labelled(book) for book in labels.unbind(1)]
         projection = self.enc_to_dec_proj
         text = projection(text_hidden.to(projection.weight.dtype)) * text_mask[..., None]
         # Keys and values of a zero row are zero (no biases), so that attending to all of it is attending to nothing,
@@ -66,11 +70,6 @@ class MusicGenNetwork(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
         heads = self.decoder.lm_heads
-        if labels is not None:
-            return cross_entropy_sums(hidden, labels, heads, self.config.vocab_size)
+        if books is not None:
+            return cross_entropy_sums(hidden, books, heads, self.config.vocab_size)
         return torch.stack([head(hidden) for head in heads], dim=1)
-
-
-def unwrapped(network: nn.Module) -> MusicGenNetwork:
-    """The network inside whatever PEFT, DDP or DeepSpeed have put around it."""
-    return next(module for module in network.modules() if isinstance(module, MusicGenNetwork))

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.families.cross_entropy import NO_LABEL, chunked_sum, labelled
+from trainer.families.cross_entropy import NO_LABEL, chunked_sum
 
 
 def delay(
@@ -38,9 +38,23 @@ def delay(
 
 
 def cross_entropy_sums(
-    hidden: Float[Tensor, "B S D"], labels: Int[Tensor, "B K S"], heads: Iterable[nn.Module], vocabulary: int
+    hidden: Float[Tensor, "B S D"],
+    books: Iterable[tuple[Int[Tensor, " N"], Int[Tensor, " N"]]],
+    heads: Iterable[nn.Module],
+    vocabulary: int,
 ) -> Float[Tensor, " K"]:
-    """Summed cross entropy of each codebook, fp32; logits are made only where there are labels, a chunk at a time."""
+    """Summed cross entropy of each codebook, fp32; logits are made only where there are labels, a chunk at a time.
+
+    Args:
+        hidden: of the decoder.
+        books: what ``labelled`` says of each codebook's labels.
+        heads: of each codebook.
+        vocabulary: codes in one codebook.
+    """
     flat = hidden.flatten(0, 1)
-    books = zip(map(labelled, labels.unbind(1)), heads, strict=True)
-    return torch.stack([chunked_sum(flat[places], wanted, head, vocabulary) for (places, wanted), head in books])
+    return torch.stack(
+        [
+            chunked_sum(flat[places], wanted, head, vocabulary)
+            for (places, wanted), head in zip(books, heads, strict=True)
+        ]
+    )

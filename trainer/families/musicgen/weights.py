@@ -1,6 +1,5 @@
 """MusicGen's weights: ``builtin:pocket``, ``random:…`` or an official release; strictly loaded, saved alike."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, local_path, random_weights, read_json, tensors
+from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
 
 if TYPE_CHECKING:
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
@@ -73,16 +71,9 @@ def open_release(url: str) -> Release:
     """
     scheme, _, rest = url.partition(":")
     if scheme == "random":
-        if rest not in RANDOM:
-            raise UtaforgeError(
-                f"model.pretrained: there is no {url!r}", f"write one of random:{', random:'.join(RANDOM)}"
-            )
-        return Release(
-            url,
-            None,
-            {"decoder": RANDOM[rest], "text_encoder": {"model_type": "hashed", "d_model": RANDOM_TEXT_WIDTH[rest]}},
-        )
-    folder = _builtin(rest) if scheme == "builtin" else local_path(url, "model.pretrained")
+        text = {"model_type": "hashed", "d_model": RANDOM_TEXT_WIDTH[rest]}
+        return Release(url, None, {"decoder": RANDOM[rest], "text_encoder": text})
+    folder = BUILTIN / rest if scheme == "builtin" else local_path(url, "model.pretrained")
     return Release(url, folder, _read_config(folder, url))
 
 
@@ -108,42 +99,19 @@ def save_network(
     release: Release,
     network: "MusicGenNetwork",
     folder: Path,
-    values: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write ``network`` as a release that ``open_release`` reads back, with the other parts of ``release`` beside it.
-
-    Args:
-        release: what ``network`` was loaded from; its T5, EnCodec and tokenizer are copied.
-        network: its own values count where ``values`` has none.
-        folder: is made.
-        values: parameters by name.
-        dtype: of what is written.
-    """
+    """See ``Family.save``: a release that ``open_release`` reads back, with T5, EnCodec and tokenizer, in ``dtype``."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**network.state_dict(), **(values or {})}
+    state = {**network.state_dict(), **values}
     if release.folder is not None:
         state |= {name: tensor for name, tensor in tensors(release.folder) if name.startswith(ELSEWHERE)}
         for file in release.folder.iterdir():
             if file.suffix in (".json", ".model", ".txt") and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
-    config = {"model_type": "musicgen", **release.config}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(
-        {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-
-
-def _builtin(name: str) -> Path:
-    folder = BUILTIN / name
-    if not (folder / "config.json").exists():
-        known = sorted(path.parent.name for path in BUILTIN.glob("*/config.json"))
-        raise UtaforgeError(
-            f"model.pretrained: there is no builtin:{name}", f"builtin networks: {', '.join(known) or 'none'}"
-        )
-    return folder
+    write_json(folder / "config.json", {"model_type": "musicgen", **release.config})
+    save(state, folder / "model.safetensors", dtype)
 
 
 def _read_config(folder: Path, url: str) -> dict[str, Any]:

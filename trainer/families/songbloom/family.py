@@ -4,6 +4,7 @@ The network is imported where it is made or used: preparing songs does without i
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.families.base import Arrays, Batch, Example, Family
+from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 from trainer.spec.model import SongBloom
@@ -33,7 +34,7 @@ FLOW_WEIGHT = 0.1
 """Of the flow's mean squared error (https://arxiv.org/abs/2506.07634, section 3)."""
 
 
-class SongBloomFamily(Family):
+class SongBloomFamily(Autoregressive):
     """SongBloom, configured by a job's ``model:`` section."""
 
     terms = {"ce": 1.0, "mse": FLOW_WEIGHT}  # noqa: RUF012  (a constant)
@@ -65,9 +66,9 @@ class SongBloomFamily(Family):
 
     def save(self, network: nn.Module, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the network as a release."""
-        from .network import unwrapped
+        from . import network as networks
 
-        save_network(self.release, unwrapped(network), folder, values)
+        save_network(self.release, unwrapped(network, networks.SongBloom), folder, values)
 
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """``lyric_ids`` [L], int32, of each song's phonemised lyrics; what is lost is logged, by name."""
@@ -145,6 +146,34 @@ class SongBloomFamily(Family):
         draws = [SeededDraws(prompt.seed) for prompt in prompts]
         songs = generate(network, torch.from_numpy(lyric_batch(lyrics)), prompt, frames, draws, settings)
         return [{"sketch": sketch.astype(np.uint16), "latents": latents} for sketch, latents in songs]
+
+    def greedy(self, network: nn.Module, example: Example, frames: int) -> Batch:
+        """As ``collate`` makes it of sketch and latents; neither guidance nor penalty, a few Euler steps a block.
+
+        Raises:
+            DataError: the song ends within its first block.
+        """
+        from .generate import SeededDraws, Settings, generate
+
+        lyrics = lyric_batch([self._vocabulary.annotate(example.arrays["lyric_ids"]), self._no_lyrics])
+        style = self.collate([example], training=False).tensors["prompt"]
+        settings = Settings(1, 1, top_k=1, steps=4, penalty_window=0)
+        draws = [SeededDraws(example.seed)]
+        ((sketch, latents),) = generate(network, torch.from_numpy(lyrics), style, [frames], draws, settings)
+        if not len(sketch):
+            raise DataError(f"song {example.id}: the network ends it within the first block", "test with other songs")
+        song = replace(example, arrays={**example.arrays, "sketch": sketch, "latents": latents})
+        return self.collate([song], training=False)
+
+    def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:
+        """Of the sketch; its end is left out."""
+        from . import network as networks
+
+        core = unwrapped(network, networks.SongBloom)
+        lyrics, prompt, sketch, latents = (batch.tensors[n] for n in ("lyrics", "prompt", "sketch", "latents"))
+        states = core.plan(core.condition_provider(lyrics, prompt), sketch, latents).states[0, :-1]
+        frames = torch.arange(len(states), device=states.device)
+        return [Predictions(core.skeleton_classifier(states), sketch[0], frames)]
 
     @cached_property
     def release(self) -> Release:

@@ -16,7 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .network import unwrapped
+from trainer.families.base import unwrapped
+from trainer.families.sampling import sample
+
+from .network import SongBloom
 from .transformer import Cache
 
 PENALTY = 1.1
@@ -92,8 +95,8 @@ def generate(
         draws: of each song.
         settings: of the sampling.
     """
-    config = unwrapped(network).config
-    device = unwrapped(network).bos_token.device
+    core = unwrapped(network, SongBloom)
+    config, device = core.config, core.bos_token.device
     limits = torch.tensor([-(-count // config.block) for count in frames], device=device)
     blocks = int(limits.max())
     cache = Cache(config.prompt_length + config.lyric_length + 1 + blocks * (config.block + 1))
@@ -137,7 +140,7 @@ def _sketch(
         guided = without + settings.plan_guidance * (conditional - without)
         if before.shape[1] and settings.penalty_window:
             guided = _penalised(guided, ids[:, -settings.penalty_window :])
-        ids = torch.cat([ids, _sample(guided, chance, settings)[:, None]], dim=1)
+        ids = torch.cat([ids, sample(guided, chance, settings.temperature, settings.top_k)[:, None]], dim=1)
         logits, h = network("next_token", ids[:, -1].repeat(2), cache)
     return ids[:, before.shape[1] :], h[: len(ids)]
 
@@ -147,17 +150,6 @@ def _penalised(logits: Float[Tensor, "B V"], recent: Int[Tensor, "B window"]) ->
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, recent, True)
     seen[:, -1] = False
     return torch.where(seen, logits / PENALTY, logits)
-
-
-def _sample(logits: Float[Tensor, "B V"], chance: Float[Tensor, " B"], settings: Settings) -> Int[Tensor, " B"]:
-    """The id at which the cumulative probability passes the number drawn."""
-    logits = logits.double() / settings.temperature
-    if 0 < settings.top_k < logits.shape[-1]:
-        least = logits.topk(settings.top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    reached = logits.softmax(-1).cumsum(-1)
-    wanted = chance[:, None] * reached[:, -1:]
-    return torch.searchsorted(reached, wanted, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 def _render(

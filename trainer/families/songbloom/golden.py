@@ -8,12 +8,11 @@ from trainer.families.cross_entropy import NO_LABEL
 from trainer.families.verify import Case
 
 from .config import from_upstream
+from .family import FLOW_WEIGHT
 from .generate import Settings, generate
 from .network import SongBloom
 from .objective import Draws, flow_pairs, labels_of, valid_blocks
 from .text import Vocabulary, lyric_batch
-
-FLOW_WEIGHT = 0.1
 
 
 def run(case: Case) -> dict[str, Tensor]:

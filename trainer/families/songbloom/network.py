@@ -212,11 +212,6 @@ class FourierFeatures(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def unwrapped(network: nn.Module) -> SongBloom:
-    """The network inside whatever PEFT, DDP or DeepSpeed have put around it."""
-    return next(module for module in network.modules() if isinstance(module, SongBloom))
-
-
 def _initialise(module: nn.Module, std: float) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)

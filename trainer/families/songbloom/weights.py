@@ -11,12 +11,11 @@ from pathlib import Path
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from torch import Tensor
 
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, local_path, random_weights, tensors
+from trainer.weights import load, local_path, random_weights, save, tensors
 
 from .config import SongBloomConfig, from_upstream, to_upstream
 
@@ -85,8 +84,6 @@ def open_release(url: str) -> Release:
     scheme, _, rest = url.partition(":")
     if scheme == "random":
         return Release(url, None, RANDOM[rest])
-    if scheme not in ("file", "s3", "gs"):
-        raise UtaforgeError(f"model.pretrained: {url} is no SongBloom", CURE)
     if not url.endswith(SUFFIXES):
         return _only_release(url, local_path(url, "model.pretrained"))
     folder, _, name = url.rpartition("/")
@@ -114,20 +111,12 @@ def load_network(release: Release) -> "SongBloom":
 
 
 def save_network(release: Release, network: "SongBloom", folder: Path, values: Mapping[str, Tensor]) -> None:
-    """Write ``network`` as a release that ``open_release``, and upstream, reads back: NAME.pt and its yaml.
-
-    Args:
-        release: what ``network`` was loaded from; a VAE beside it is copied.
-        network: its own values count where ``values`` has none.
-        folder: is made.
-        values: parameters by name.
-    """
+    """See ``Family.save``: a release that ``open_release``, and upstream, reads back, with the VAE of ``release``."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**network.state_dict(), **values}
-    written = {f"{PREFIX}{name}": value.detach().to("cpu", torch.float32).clone() for name, value in state.items()}
+    state = {f"{PREFIX}{name}": value for name, value in {**network.state_dict(), **values}.items()}
     if release.file is not None:
-        written |= {name: value for name, value in tensors(release.file) if name.startswith(VAE_PREFIX)}
-    torch.save(written, folder / f"{NAME}.pt")
+        state |= {name: value for name, value in tensors(release.file) if name.startswith(VAE_PREFIX)}
+    save(state, folder / f"{NAME}.pt")
     told = {"max_dur": release.config.max_seconds, "model": to_upstream(release.config)}
     (folder / f"{NAME}.yaml").write_text(yaml.safe_dump(told, allow_unicode=True, sort_keys=False), encoding="utf-8")
 

@@ -1,0 +1,130 @@
+"""A job with a ``retrain`` section → the Kubernetes objects that retrain it on its schedule.
+
+Fields: https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/cron-job-v1/.
+"""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.retrain import NOTHING_TO_DO, REJECTED
+from launcher.runs import Busy
+from trainer.spec import Job, JobError
+from trainer.spec.cluster import Kubernetes
+
+IMAGE = "utaforge-launcher"
+"""A name for kustomize's ``images:`` to replace."""
+SERVICE_ACCOUNT = "utaforge-launcher"
+START_SECONDS = 3600
+"""A start that is missed by more than this waits for the next one."""
+LONGEST_SECONDS = 7 * 24 * 3600
+"""The launcher only follows the run; one that hangs must not keep all later retrainings away."""
+UID = 1000
+_JOB = "/etc/utaforge/job.yaml"
+Manifest = dict[str, Any]
+
+
+def cronjob(
+    job: Job, text: str, *, image: str = IMAGE, overrides: Sequence[str] = (), secrets: Sequence[str] = ()
+) -> list[Manifest]:
+    """A ConfigMap with the job file and the CronJob that runs ``utaforge retrain`` on it.
+
+    Both are called like the job with ``-retrain``, which is short enough: a job's name has 36 characters at most, a
+    CronJob's 52. Nothing to do, a rejected candidate, and another retraining at work are no failures of the Kubernetes
+    Job; everything else but a promotion is.
+
+    Args:
+        job: the job.
+        text: of its file.
+        image: the launcher's.
+        overrides: as for ``--set``.
+        secrets: names of Secrets whose keys become variables.
+
+    Raises:
+        JobError: the job has no ``retrain`` section or does not run on Kubernetes.
+    """
+    if job.retrain is None:
+        raise JobError(f"{job.name} has no retrain section", 'write retrain: {cron: "0 3 * * 0"} into the job file')
+    if not isinstance(job.cluster, Kubernetes):
+        raise JobError(
+            f"{job.name} runs on backend {job.cluster.backend}, which a CronJob cannot reach",
+            "write cluster: {backend: kubernetes, …}",
+        )
+    name, labels = f"{job.name}-retrain", {"app.kubernetes.io/name": "utaforge-launcher", "utaforge/job": job.name}
+    metadata = {"name": name, "namespace": job.cluster.namespace, "labels": labels}
+    template = {"metadata": {"labels": labels}, "spec": _pod(name, image, overrides, secrets)}
+    schedule: Manifest = {
+        "schedule": job.retrain.cron,
+        "timeZone": job.retrain.timezone,
+        "concurrencyPolicy": "Forbid",
+        "startingDeadlineSeconds": START_SECONDS,
+        "successfulJobsHistoryLimit": 3,
+        "failedJobsHistoryLimit": 3,
+        "jobTemplate": {
+            "metadata": {"labels": labels},
+            "spec": {"backoffLimit": 0, "activeDeadlineSeconds": LONGEST_SECONDS, "template": template},
+        },
+    }
+    return [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"job.yaml": text}},
+        {"apiVersion": "batch/v1", "kind": "CronJob", "metadata": metadata, "spec": schedule},
+    ]
+
+
+def as_yaml(manifests: Sequence[Manifest]) -> str:
+    """For ``kubectl apply -f -``; texts of several lines stay readable."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
+    def text(_: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return yaml.ScalarNode("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump_all(manifests, Dumper=Dumper, allow_unicode=True, sort_keys=False, width=120)
+
+
+def _pod(config: str, image: str, overrides: Sequence[str], secrets: Sequence[str]) -> Manifest:
+    """A pod that Pod Security ``restricted`` admits, with nothing to write to but an empty folder."""
+    environment = {"HOME": "/tmp", "UTAFORGE_HOME": "/tmp/utaforge", "PYTHONUNBUFFERED": "1"}  # noqa: S108
+    container: Manifest = {
+        "name": "launcher",
+        "image": image,
+        "command": ["/bin/sh", "-c", _script(overrides)],
+        "env": [{"name": name, "value": value} for name, value in environment.items()],
+        "envFrom": [{"secretRef": {"name": secret}} for secret in secrets],
+        "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "job", "mountPath": _JOB.rpartition("/")[0], "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+        ],
+    }
+    return {
+        "serviceAccountName": SERVICE_ACCOUNT,
+        "restartPolicy": "Never",
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": UID,
+            "runAsGroup": UID,
+            "fsGroup": UID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [container],
+        "volumes": [
+            {"name": "job", "configMap": {"name": config}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
+        ],
+    }
+
+
+def _script(overrides: Sequence[str]) -> str:
+    command = ["utaforge", "retrain", _JOB, *(part for override in overrides for part in ("--set", override))]
+    harmless = "|".join(str(code) for code in (NOTHING_TO_DO, REJECTED, Busy.exit_code))
+    return f"{shlex.join(command)}\ncode=$?\ncase $code in {harmless}) exit 0 ;; esac\nexit $code\n"

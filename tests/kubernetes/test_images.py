@@ -1,0 +1,180 @@
+"""The images as ``make image`` builds them, run as a cluster runs them: as nobody special, with nothing to write to."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kubernetes.cluster.access import Cluster, eventually
+
+ROOT = Path(__file__).parents[2]
+CONFINED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
+MEGABYTE = 1_000_000
+PUBLIC_BASE = 75 * MEGABYTE
+"""Of debian:bookworm-slim; what stands in for it where nothing can be pulled is larger."""
+
+
+class Images:
+    """``make image`` in a clone of the last commit, and the engine that holds what it builds."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.folder = folder
+        self.registry = cluster.registry
+        self.environment = dict(cluster.environment)
+        self.run("git", "clone", "--quiet", ROOT, folder)
+        self.commit = self.run("git", "-C", folder, "rev-parse", "HEAD").strip()
+
+    def build(self, tag: str) -> None:
+        self.run(
+            *("make", "--directory", self.folder, "image", f"TAG={tag}", f"REGISTRY={self.registry}", "PUSH=1"),
+            *("BUILD=--network host", "SOURCE=https://example.org/歌", f"UTAFORGE_HOME={self.folder}/.utaforge"),
+        )
+
+    def name(self, image: str, tag: str = "test") -> str:
+        return f"{self.registry}/utaforge-{image}:{tag}"
+
+    def inspect(self, image: str, tag: str = "test") -> Any:
+        return json.loads(self.run("docker", "image", "inspect", self.name(image, tag)))[0]
+
+    def inside(self, image: str, *command: str, stdin: str = "") -> str:
+        return self.run("docker", "run", "--rm", "--interactive", *CONFINED, self.name(image), *command, stdin=stdin)
+
+    def found(self, image: str, *programs: str) -> set[str]:
+        """Those of ``programs`` that are on its path."""
+        script = "import shutil, sys; print(*filter(shutil.which, sys.argv[1:]))"
+        return set(self.inside(image, "python", "-c", script, *programs).split())
+
+    def run(self, *command: str | Path, stdin: str = "") -> str:
+        done = subprocess.run(
+            command, env=self.environment, input=stdin, capture_output=True, text=True, timeout=3000, check=False
+        )
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def images(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Images:
+    found = Images(cluster, tmp_path_factory.mktemp("images") / "utaforge")
+    found.build("test")
+    return found
+
+
+both = pytest.mark.parametrize("image", ["trainer", "launcher"])
+pytestmark = pytest.mark.timeout(3600)
+
+
+@both
+def test_labels_name_the_commit_and_the_licence(images: Images, image: str) -> None:
+    labels = images.inspect(image)["Config"]["Labels"]
+    said = {name.removeprefix("org.opencontainers.image."): value for name, value in labels.items()}
+    assert said["revision"] == images.commit
+    assert said["version"] == "test"
+    assert said["title"] == f"utaforge-{image}"
+    assert said["licenses"] == "Apache-2.0"
+    assert said["source"] == "https://example.org/歌"
+    assert said["created"].startswith("20")
+
+
+@both
+def test_they_run_as_nobody_special(images: Images, image: str) -> None:
+    assert images.inspect(image)["Config"]["User"] == "1000:1000"
+    assert images.inside(image, "id", "--user") == "1000\n"
+
+
+def test_deepspeed_communicates_on_cpus_without_a_compiler(images: Images) -> None:
+    assert images.found("trainer", "g++", "gcc", "cc", "c++") == set()
+    built = images.inside("trainer", "python", "-m", "trainer.engine", "--warm")
+    assert "deepspeed_shm_comm_op built successfully" in built
+    again = "python -m trainer.engine --warm > /dev/null; find /tmp -name '*.so'"
+    assert images.inside("trainer", "sh", "-c", again) == ""
+
+
+def test_imports_find_bytecode(images: Images) -> None:
+    script = (
+        "import os, torch, ray, trainer.engine as e; print(*(os.path.exists(m.__cached__) for m in (torch, ray, e)))"
+    )
+    assert images.inside("trainer", "python", "-c", script) == "True True True\n"
+
+
+def test_the_trainer_has_what_kuberays_probes_and_submitter_call(images: Images) -> None:
+    assert images.found("trainer", "bash", "wget", "grep", "ray") == {"bash", "wget", "grep", "ray"}
+
+
+def test_the_launcher_is_small_and_has_no_torch(images: Images, cluster: Cluster) -> None:
+    size = images.inspect("launcher")["Size"]
+    if cluster.own:
+        base = json.loads(images.run("docker", "image", "inspect", cluster.image))[0]["Size"]
+        size += PUBLIC_BASE - base
+    assert size <= 300 * MEGABYTE
+    script = "import importlib.util; print(importlib.util.find_spec('torch'))"
+    assert images.inside("launcher", "python", "-c", script) == "None\n"
+    assert "submit" in images.inside("launcher", "utaforge", "--help")
+
+
+def test_the_launcher_plans_a_job_and_knows_kubernetes(images: Images) -> None:
+    job = (ROOT / "jobs/demo.yaml").read_text()
+    assert "歌" in job
+    said = images.inside("launcher", "sh", "-c", "cat > /tmp/demo.yaml && utaforge plan /tmp/demo.yaml", stdin=job)
+    assert "demo" in said
+    script = "from kubernetes import client, config, watch; print('歌')"
+    assert images.inside("launcher", "python", "-c", script) == "歌\n"
+
+
+@both
+def test_the_bill_of_materials_names_python_and_debian_packages(images: Images, image: str) -> None:
+    bill = json.loads((images.folder / f".utaforge/images/utaforge-{image}.cdx.json").read_text())
+    purls = [component.get("purl", "") for component in bill["components"]]
+    assert any(purl.startswith("pkg:deb/debian/libc6@") for purl in purls)
+    assert any(purl.startswith("pkg:pypi/obstore@") for purl in purls)
+    assert any(purl.startswith("pkg:pypi/torch@2.11.0") for purl in purls) == (image == "trainer")
+
+
+def test_a_code_change_changes_the_last_layer_alone(images: Images) -> None:
+    with (images.folder / "trainer/loop.py").open("a") as file:
+        file.write("\n# 歌\n")
+    images.build("changed")
+    for image in ("trainer", "launcher"):
+        *before, code = images.inspect(image)["RootFS"]["Layers"]
+        *after, changed = images.inspect(image, "changed")["RootFS"]["Layers"]
+        assert before == after
+        assert code != changed
+
+
+@both
+def test_a_pod_pulls_and_runs_them(images: Images, cluster: Cluster, namespace: str, image: str) -> None:
+    cluster.kubectl("label", "--overwrite", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
+    cluster.apply(_pod(namespace, image, images.name(image)))
+
+    def ended() -> str:
+        phase = cluster.get("pod", image, "-n", namespace)["status"].get("phase")
+        return phase if phase in {"Succeeded", "Failed"} else ""
+
+    assert eventually(ended, seconds=600) == "Succeeded"
+    assert "歌: 1000" in cluster.kubectl("logs", image, "-n", namespace)
+
+
+def _pod(namespace: str, name: str, image: str) -> dict[str, Any]:
+    container = {
+        "name": name,
+        "image": image,
+        "args": ["python", "-c", "import os, trainer.store; print(f'歌: {os.getuid()}')"],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "restartPolicy": "Never",
+            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [container],
+            "volumes": [{"name": "tmp", "emptyDir": {}}],
+        },
+    }

@@ -1,0 +1,29 @@
+"""Songs and tokenizers that the tests of families make."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from trainer.families import Arrays, Example, Family
+
+
+def examples(family: Family, songs: Sequence[Arrays], *texts: Mapping[str, str]) -> list[Example]:
+    """Songs of these arrays; they take the texts in turn, and their own number as seed."""
+    own = [texts[index % len(texts)] for index in range(len(songs))]
+    rows = zip(songs, own, family.conditions(own), strict=True)
+    return [
+        Example(f"歌{index}", {**song, **conditions}, text, seed=index)
+        for index, (song, text, conditions) in enumerate(rows)
+    ]
+
+
+def random_codes(books: int, entries: int, lengths: Sequence[int]) -> list[Arrays]:
+    draw = np.random.default_rng(0)
+    return [{"codes": draw.integers(0, entries, (books, length)).astype(np.uint16)} for length in lengths]
+
+
+def word_tokenizer(words: Sequence[str], unknown: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer

@@ -1,0 +1,101 @@
+"""The CronJob as a value, and as the YAML of the command."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.cli import run
+from launcher.render.cronjob import as_yaml, cronjob
+from trainer.spec import Job, JobError, load_job
+
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "k8s" / "retrain"
+
+
+@pytest.fixture
+def job() -> Job:
+    return load_job(EXAMPLE / "job.yaml", to_run=False)
+
+
+def script(manifests: list[dict[str, Any]]) -> str:
+    (container,) = manifests[1]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    return container["command"][2]
+
+
+def test_the_schedule_is_the_jobs_and_never_two_at_once(job: Job) -> None:
+    _, made = cronjob(job, "")
+    assert (made["apiVersion"], made["kind"]) == ("batch/v1", "CronJob")
+    spec = made["spec"]
+    assert (spec["schedule"], spec["timeZone"], spec["concurrencyPolicy"]) == ("0 3 * * 0", "Asia/Tokyo", "Forbid")
+    assert spec["startingDeadlineSeconds"] == 3600
+    assert (spec["successfulJobsHistoryLimit"], spec["failedJobsHistoryLimit"]) == (3, 3)
+    assert spec["jobTemplate"]["spec"]["backoffLimit"] == 0
+    assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 7 * 24 * 3600
+
+
+def test_the_longest_name_of_a_job_still_makes_a_name_for_a_cronjob(job: Job) -> None:
+    _, made = cronjob(job.model_copy(update={"name": "u" * 36}), "")
+    assert len(made["metadata"]["name"]) <= 52
+
+
+def test_the_pod_is_admitted_by_pod_security_restricted_and_may_only_write_to_tmp(job: Job) -> None:
+    _, made = cronjob(job, "", image="registry/歌:1", secrets=("s3",))
+    pod = made["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "utaforge-launcher"
+    assert pod["restartPolicy"] == "Never"
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert container["image"] == "registry/歌:1"
+    assert container["envFrom"] == [{"secretRef": {"name": "s3"}}]
+    assert [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")] == ["/tmp"]
+
+
+@pytest.mark.parametrize(
+    ("code", "seen"), [(0, 0), (10, 0), (11, 0), (12, 0), (1, 1), (2, 2), (3, 3), (6, 6), (130, 130)]
+)
+def test_only_a_failure_is_a_failed_kubernetes_job(job: Job, tmp_path: Path, code: int, seen: int) -> None:
+    command = tmp_path / "utaforge"
+    command.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\nexit {code}\n')
+    command.chmod(0o755)
+    made = cronjob(job, "", overrides=("validation.prompts.0.tags=祭り さくら",))
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["/bin/sh", "-c", script(made)], env={"PATH": path}, check=False)
+    assert done.returncode == seen
+    told = (tmp_path / "arguments").read_text(encoding="utf-8")
+    assert told == "retrain /etc/utaforge/job.yaml --set validation.prompts.0.tags=祭り さくら\n"
+
+
+def test_the_job_file_reaches_the_pod_as_it_is(job: Job) -> None:
+    text = "# 春の歌\nname: 'x'\n\n  two: spaces  \n\ttab\n"
+    (config, _) = yaml.safe_load_all(as_yaml(cronjob(job, text)))
+    assert config["data"]["job.yaml"] == text
+
+
+def test_a_job_without_a_schedule_or_off_kubernetes_is_refused(job: Job) -> None:
+    with pytest.raises(JobError, match="has no retrain section"):
+        cronjob(job.model_copy(update={"retrain": None}), "")
+    local = load_job(EXAMPLE / "job.yaml", ["cluster={backend: local}"], to_run=False)
+    with pytest.raises(JobError, match="runs on backend local, which a CronJob cannot reach"):
+        cronjob(local, "")
+
+
+def test_the_committed_example_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["render", "cronjob", str(EXAMPLE / "job.yaml"), "--secret", "utaforge-store"]) == 0
+    committed = (EXAMPLE / "cronjob.yaml").read_text(encoding="utf-8")
+    assert committed.partition("\n")[2] == capsys.readouterr().out
+
+
+def test_kustomize_takes_the_example_and_replaces_the_image_by_name() -> None:
+    kustomization = yaml.safe_load((EXAMPLE / "kustomization.yaml").read_text(encoding="utf-8"))
+    assert kustomization["resources"] == ["cronjob.yaml"]
+    assert [image["name"] for image in kustomization["images"]] == ["utaforge-launcher"]
