@@ -55,8 +55,9 @@ ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(UTAFORGE_HOME)/mlflow.db \
 		--artifacts-destination $(UTAFORGE_HOME)/mlartifacts
 
-test: $(READY) ## all tests
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15
+test: $(READY) ## all tests but those on Kubernetes
+	@$(BIN)/python -m pytest tests/unit tests/golden --numprocesses 2 --dist loadfile --durations=10
+	@$(BIN)/python -m pytest tests/cluster --durations=15
 
 test-kubernetes: $(READY) ## tests on a real Kubernetes (as root on Debian), or on that of KUBECONFIG
 	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 --durations=15

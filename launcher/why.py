@@ -52,7 +52,8 @@ def diagnose(seen: Snapshot) -> list[Cause]:
     for rule in rules:
         for cause in rule(seen):
             found.setdefault(cause.what, cause)
-    return list(found.values()) or list(_otherwise(seen))
+    what_passes_comes_last = sorted(found.values(), key=lambda cause: cause.cure.startswith("nothing"))
+    return what_passes_comes_last or list(_otherwise(seen))
 
 
 # What the trainer itself says
@@ -468,14 +469,14 @@ def _containers(pod: Json) -> Iterator[Json]:
 def _hang(seen: Snapshot) -> Iterator[Cause]:
     if seen.status.state != "running" or seen.journal is None or seen.status.step >= seen.status.steps:
         return
-    heard = max([seen.journal, *(log.modified for log in seen.logs.values())])
-    silent = seen.now - heard
+    ranks = {name: log for name, log in seen.logs.items() if name.startswith("rank-")}
+    silent = seen.now - max([seen.journal, *(log.modified for log in ranks.values())])
     if silent < max(QUIET_SECONDS, 10 * _usual_pause(seen)):
         return
-    name, log = max(seen.logs.items(), key=lambda item: item[1].modified, default=("logs", None))
+    name, log = max(ranks.items(), key=lambda item: item[1].modified, default=("its ranks", None))
     last = log.lines[-1].strip() if log and log.lines else "nothing"
     yield Cause(
-        f"it hangs: nothing was heard of it for {silent / 60:.0f} minutes",
+        f"it hangs: nothing was heard of its ranks for {silent / 60:.0f} minutes",
         f"{name}, {silent / 60:.0f} minutes ago: {last}",
         "wait: a rank that does not answer is started again after ten minutes, one that waits for another after an "
         "hour; or utaforge cancel, and submit again: it continues at the last checkpoint",

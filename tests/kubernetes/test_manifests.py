@@ -15,9 +15,11 @@ OVERLAYS = ["dev", "prod"]
 DRY = ("--dry-run=server", "--force-conflicts")
 RIGHTS = {
     ("rayjobs.ray.io", "", "create delete get list patch watch"),
+    ("rayclusters.ray.io", "", "list"),
     ("poddisruptionbudgets.policy", "", "create"),
     ("networkpolicies.networking.k8s.io", "", "create"),
     ("pods", "", "list watch"),
+    ("pods/log", "", "get"),
     ("events", "", "list"),
     ("resourcequotas", "", "list"),
     ("secrets", "utaforge-mlflow", "get"),

@@ -17,6 +17,7 @@ from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.gpus import gpus_on_the_node, simulated_nodes
 from tests.kubernetes.situations import Situations
 
+pytestmark = pytest.mark.timeout(1800)
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")
 SHORT, LONG = 120.0, 900.0
 """Seconds that something takes before training, and with it."""

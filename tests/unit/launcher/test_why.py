@@ -60,6 +60,12 @@ def first(name: str) -> Cause:
             "401 Unauthorized",
             "cluster.pull_secrets",
         ),
+        (
+            "raised",
+            "the code raised an error: ValueError: 音が出ない",
+            "trainer/loop.py",
+            "correct it",
+        ),
         ("preempted", "a worker was taken away", "-worker-", "go on from the last checkpoint"),
     ],
 )
@@ -149,8 +155,14 @@ def test_a_run_that_says_nothing_for_long_is_said_to_hang() -> None:
     fine = _local("running", ["step 3/40 · loss 2.1 · 0.50 steps/s · 1m 14s left"])
     assert diagnose(fine) == []
     cause = diagnose(replace(fine, now=fine.now + 2 * QUIET_SECONDS))[0]
-    assert cause.what == "it hangs: nothing was heard of it for 10 minutes"
+    assert cause.what == "it hangs: nothing was heard of its ranks for 10 minutes"
     assert "step 3/40" in cause.evidence
+
+
+def test_a_rank_that_was_frozen_hangs_whatever_ray_goes_on_saying() -> None:
+    cause = first("hung")
+    assert cause.what == "it hangs: nothing was heard of its ranks for 6 minutes"
+    assert cause.evidence.startswith("rank-0.log, 6 minutes ago: ")
 
 
 def test_slow_steps_are_no_hang() -> None:
@@ -172,7 +184,15 @@ def _local(state: Any, lines: list[str]) -> Snapshot:
     now = time.time()
     status = Status("歌", "file:///store/runs/uta", state, 3, 40, 2.1, 1, "local", None, None, None)
     attempt = Attempt(1, now - 60, "ホスト", "歌", "local", "http://127.0.0.1:1", "uta-1")
-    return Snapshot(now, status, attempt, None, {"driver.log": Log(now, lines)}, now, None)
+    return Snapshot(
+        now,
+        status,
+        attempt,
+        None,
+        {"driver.log": Log(now, lines), "rank-0.log": Log(now - 1, ["先の行", *lines])},
+        now,
+        None,
+    )
 
 
 def _with_rayjob(name: str, status: dict[str, Any], *, suspend: bool = False) -> Snapshot:
