@@ -7,6 +7,7 @@ RUN groupadd --gid 999 postgres \
     && echo create_main_cluster=false > /etc/postgresql-common/createcluster.conf \
     && apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql-15 \
+    && install --directory --owner=999 --group=999 --mode=700 /var/lib/postgresql/data \
     && rm -rf /var/lib/apt/lists/*
 ENV PATH=/usr/lib/postgresql/15/bin:$PATH \
     PGDATA=/var/lib/postgresql/data
