@@ -60,9 +60,9 @@ class Started:
 
         return eventually(met)
 
-    def end(self) -> Said:
+    def end(self, seconds: float = 600) -> Said:
         """Wait for its end."""
-        return Said(self._popen.wait(600), self.text)
+        return Said(self._popen.wait(seconds), self.text)
 
     def interrupt(self) -> Said:
         """Ctrl-C, then wait for its end."""

@@ -20,6 +20,7 @@ from tests.kubernetes.cluster.access import Cluster, eventually
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "utaforge-submit"
+pytestmark = pytest.mark.timeout(1800)
 STEPS, COMMIT_EVERY = 30, 5
 JOB = """\
 name: {name}
@@ -46,6 +47,8 @@ cluster:
 """
 LONG = ("--set", "train.steps=150", "--set", "validation.every=150")
 """Enough steps for something to happen meanwhile."""
+MOST_SECONDS = 1500
+"""Of one run: images are pulled, and a cluster may be lost."""
 SMALL = "cores: 0.2\nram_gib: 2.5\ndisk_gib: 4\n"
 
 
@@ -126,7 +129,7 @@ def place(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def demo(place: Place) -> Said:
     """The demo, seen through to its end."""
-    said = place.submit("demo").end()
+    said = place.submit("demo").end(MOST_SECONDS)
     assert said.code == 0, said.text
     return said
 
@@ -159,7 +162,7 @@ def test_a_worker_pod_that_is_taken_away_is_replaced_and_the_run_ends_well(place
     started.until(lambda: place.committed("worker"))
     taken = place.pods("worker", "worker")[0]
     place.take_away(taken)
-    said = started.end()
+    said = started.end(MOST_SECONDS)
     assert said.code == 0, said.text
     assert "going on from step" in said.text
     assert place.run("worker").attempts() == 1
@@ -171,7 +174,7 @@ def test_a_head_that_is_taken_away_costs_one_cluster_and_no_step(place: Place, d
     started.until(lambda: place.committed("head"))
     (head,) = place.pods("head", "head")
     place.take_away(head)
-    said = started.end()
+    said = started.end(MOST_SECONDS)
     assert said.code == 0, said.text
     assert "cluster 1 of at most 3 was lost" in said.text
     assert "going on from step" in said.text
@@ -179,7 +182,7 @@ def test_a_head_that_is_taken_away_costs_one_cluster_and_no_step(place: Place, d
 
 
 def test_a_fault_of_the_job_ends_it_with_its_first_cluster(place: Place, demo: Said) -> None:
-    said = place.submit("nan", "--set", "train.optimizer.lr=1.0e+30", "--set", "train.clip=1.0e+30").end()
+    said = place.submit("nan", "--set", "train.optimizer.lr=1.0e+30", "--set", "train.clip=1.0e+30").end(MOST_SECONDS)
     assert said.code == 6, said.text
     assert "the loss is nan" in said.text
     (rayjob,) = place.objects("rayjobs", "nan")
