@@ -155,7 +155,7 @@ def retrain(job_path: str, overrides: tuple[str, ...]) -> None:
 
     job = load_job(job_path, overrides)
     with show.following() as say:
-        outcome = retrain_job(job, _trainer, say)
+        outcome = retrain_job(job, _trainer, say, Path(job_path).parent)
     show.retraining(job.name, outcome)
     raise click.exceptions.Exit(outcome.exit_code)
 

@@ -59,7 +59,7 @@ class Outcome:
         return 0 if self.verdict["promoted"] else REJECTED
 
 
-def retrain(job: Job, trainer: Trainer, say: Say) -> Outcome:
+def retrain(job: Job, trainer: Trainer, say: Say, beside: Path | None = None) -> Outcome:
     """Train ``job`` again from its champion if there is a reason to, and see it through to its verdict.
 
     A retraining that was cut off goes on where it was, unless data, job or champion have changed meanwhile.
@@ -68,6 +68,7 @@ def retrain(job: Job, trainer: Trainer, say: Say) -> Outcome:
         job: with a ``retrain`` section.
         trainer: prepares songs, and judges a run that was cut off before its verdict.
         say: takes the lines of progress.
+        beside: folder of the job's file, where profiles of one's own may be.
 
     Raises:
         Busy: another retraining of this job is at work.
@@ -95,7 +96,7 @@ def retrain(job: Job, trainer: Trainer, say: Say) -> Outcome:
         return Outcome()
     waiting = newest if newest and not newest.finished else None
     chosen, name = candidate(job, champion, data, waiting, runs)
-    return _train(chosen, name, champion, data, say)
+    return _train(chosen, name, champion, data, say, beside)
 
 
 def candidate(
@@ -130,8 +131,8 @@ def prepare(job: Job, trainer: Trainer) -> int:
         return trainer("trainer.data", str(resolved))
 
 
-def _train(job: Job, name: str, champion: Document | None, data: Document, say: Say) -> Outcome:
-    planned = plan(job)
+def _train(job: Job, name: str, champion: Document | None, data: Document, say: Say, beside: Path | None) -> Outcome:
+    planned = plan(job, beside)
     run = Run(runs_of(job.store).at(name))
     with _claim(run, int(champion["number"]) if champion else 0):
         run.store.put("data.json", json.dumps(data, indent=1).encode())
