@@ -41,6 +41,7 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line printed by a rank arrives twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it costs 7 s of CPU at the start
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    "RAY_agent_register_timeout_ms": "180000",  # as long as START_SECONDS: Ray's own 30 s end it on a busy machine
     "PYTHONUTF8": "1",  # Ray reads its logs in the locale's encoding
     "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",  # small /dev/shm, as in containers
 }
