@@ -30,11 +30,11 @@ SCHEMA = [
     ),
     (
         ("name: uta", "name: uta\ncluster: {backend: kubernetes, profile: t4x4, image: 'uta:歌'}"),
-        "job.yaml:2:52: cluster.image: 'uta:歌' is not an image; write it like ghcr.io/you/utaforge:1.0",
+        "job.yaml:2:54: cluster.image: 'uta:歌' is not an image; write it like ghcr.io/you/utaforge:1.0",
     ),
     (
         ("name: uta", "name: uta\ncluster: {backend: kubernetes, profile: ../t4x4}"),
-        "job.yaml:2:42: cluster.profile: '../t4x4' is not a profile; write a name like t4x4, not a file",
+        "job.yaml:2:41: cluster.profile: '../t4x4' is not a profile; write a name like t4x4, not a file",
     ),
     (
         ("name: uta", "name: uta\nカラオケ: 1"),
