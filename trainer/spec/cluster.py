@@ -38,7 +38,7 @@ def _object(value: str) -> str:
 
 
 def _image(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?", value):
+    if not re.fullmatch(r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?", value, re.ASCII):
         raise ValueError(f"{value!r} is not an image; write it like ghcr.io/you/utaforge:1.0")
     return value
 

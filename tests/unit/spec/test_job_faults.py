@@ -29,6 +29,14 @@ SCHEMA = [
         "job.yaml:2:27: cluster.spot: local has no such key (it belongs to kubernetes, cloud); remove it",
     ),
     (
+        ("name: uta", "name: uta\ncluster: {backend: kubernetes, profile: t4x4, image: 'uta:歌'}"),
+        "job.yaml:2:54: cluster.image: 'uta:歌' is not an image; write it like ghcr.io/you/utaforge:1.0",
+    ),
+    (
+        ("name: uta", "name: uta\ncluster: {backend: kubernetes, profile: ../t4x4}"),
+        "job.yaml:2:41: cluster.profile: '../t4x4' is not a profile; write a name like t4x4, not a file",
+    ),
+    (
         ("name: uta", "name: uta\nカラオケ: 1"),
         "job.yaml:2:1: カラオケ: unknown key; known here: kind, name, store, model, method, data, train, checkpoint, "
         "validation, tracking, cluster, budget, retrain",
