@@ -97,6 +97,11 @@ def plan(job: Job, beside: Path | None = None) -> Plan:
     strategy, load = _strategy(job, profile, ranks, device_bytes)
     batch_seconds, micro_seconds = _batch(job), load.positions / _frame_rate(job)
     hours, hours_basis = _hours(job, profile, load, batch_seconds)
+    if hours and job.budget.hours and hours > job.budget.hours:
+        raise JobError(
+            f"budget.hours: {job.budget.hours:g} are fewer than the {hours:.1f} that this takes at least",
+            "raise it, lower train.steps, or take a profile with more GPUs",
+        )
     usd, usd_basis = _usd(job, profile, machines, hours)
     return Plan(
         job=job.name,

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ LOOPBACK = "127.0.0.1"
 START_SECONDS = 180.0
 END_SECONDS = 30.0
 POLL_SECONDS = 0.05
+STARTED = "Ray runtime started."
+"""What ``ray start`` says once its processes are up."""
 OBJECT_STORE_BYTES = 128 << 20
 """Ray Train sends little through it; songs and weights never."""
 DISK_BYTES = 1 << 30
@@ -72,22 +75,13 @@ class LocalBackend(Backend):
             raise ClusterError(f"Ray is not installed beside {sys.executable}", "run: make setup")
         _check_disk()
         self._check_gpus()
-        folder = self._folder = Path(tempfile.mkdtemp(prefix="utaforge-", dir="/tmp"))  # short: Ray puts sockets there
-        token = secrets.token_hex(32)
-        self.token_file = folder / "token"
-        self.token_file.touch(0o600)
-        self.token_file.write_text(token)
-        ports = free_ports(len(_PORTS))
-        jobs = RayJobs(f"http://{LOOPBACK}:{ports[1]}", token)
-        command = [str(ray), "start", *self._options(folder, ports)]
-        self._spawn(folder, command)
         say("starting Ray on this machine")
         try:
-            self._wait(jobs)
-        except BaseException:
-            self.close()
-            raise
-        return jobs
+            return self._begin(ray)
+        except _Ended as ended:
+            log.debug("%s", ended.problem)
+            say("Ray ended while starting; starting it once more")
+            return self._begin(ray)
 
     def close(self) -> None:
         """See ``Backend``; takes about 3 seconds."""
@@ -114,6 +108,22 @@ class LocalBackend(Backend):
             return []
         below = psutil.Process(self._keeper.pid).children(recursive=True)
         return [process.pid for process in below if _title(process).startswith("ray::RayTrainWorker")]
+
+    def _begin(self, ray: Path) -> RayJobs:
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="utaforge-", dir="/tmp"))  # short: Ray puts sockets there
+        token = secrets.token_hex(32)
+        self.token_file = folder / "token"
+        self.token_file.touch(0o600)
+        self.token_file.write_text(token)
+        ports = free_ports(len(_PORTS))
+        jobs = RayJobs(f"http://{LOOPBACK}:{ports[1]}", token)
+        self._spawn(folder, [str(ray), "start", *self._options(folder, ports)])
+        try:
+            self._wait(jobs)
+        except BaseException:
+            self.close()
+            raise
+        return jobs
 
     def _options(self, folder: Path, ports: list[int]) -> list[str]:
         return [
@@ -153,24 +163,23 @@ class LocalBackend(Backend):
             )
 
     def _wait(self, jobs: RayJobs) -> None:
+        """Until ``ray start`` says that all is up, which it may be minutes after the dashboard answers, or never."""
         assert self._keeper is not None and self._folder is not None
-        said = (self._folder / "start.log").open(encoding="utf-8", errors="replace")
+        log_file = self._folder / "start.log"
         deadline = time.monotonic() + START_SECONDS
-        with said:
-            while True:
-                try:
-                    jobs.version()
+        while True:
+            said = log_file.read_text(encoding="utf-8", errors="replace")
+            if self._keeper.poll() is not None:
+                raise _Ended(said)
+            with suppress(ClusterError):
+                if STARTED in said and jobs.version():
                     return
-                except ClusterError as error:
-                    if self._keeper.poll() is not None:
-                        raise _died(said.read()) from None
-                    if time.monotonic() > deadline:
-                        raise ClusterError(
-                            f"Ray did not come up within {START_SECONDS:.0f} seconds: {error.problem}\n"
-                            f"{_tail(said.read())}",
-                            "see what keeps this machine busy (utaforge doctor), then submit again",
-                        ) from None
-                time.sleep(POLL_SECONDS)
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"Ray did not come up within {START_SECONDS:.0f} seconds\n{_tail(said)}",
+                    "see what keeps this machine busy (utaforge doctor), then submit again",
+                )
+            time.sleep(POLL_SECONDS)
 
     def _check_gpus(self) -> None:
         from launcher.profiles import gpus_here
@@ -225,15 +234,14 @@ def _check_disk() -> None:
         )
 
 
-def _died(said: str) -> ClusterError:
-    if "ddress already in use" in said or ("port" in said.lower() and "in use" in said):
-        return ClusterError(
-            f"a port that Ray was to listen on was taken meanwhile\n{_tail(said)}",
-            "submit again: other ports are chosen",
+class _Ended(ClusterError):
+    """Ray ended while starting: a port was taken meanwhile, or Ray lost patience with a busy machine."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(
+            f"Ray ended while starting\n{_tail(said)}",
+            "see what keeps this machine busy (utaforge doctor); the lines above are Ray's own",
         )
-    return ClusterError(
-        f"Ray ended while starting\n{_tail(said)}", "run utaforge doctor; the lines above are Ray's own"
-    )
 
 
 def _tail(said: str, lines: int = 12) -> str:

@@ -197,14 +197,18 @@ def test_killing_the_launcher_ends_its_cluster() -> None:
     assert not folder.exists()
 
 
-def test_ray_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_that_ends_while_starting_is_started_once_more_then_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray = tmp_path / "ray"
     ray.write_text("#!/bin/sh\necho 'OSError: [Errno 98] Address already in use: 127.0.0.1:6379' >&2\nexit 1\n")
     ray.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").symlink_to(Path(sys.prefix) / "bin" / "python")
+    told: list[str] = []
     with LocalBackend(ranks=1) as backend, pytest.raises(ClusterError) as caught:
-        backend.start(lambda line: None)
-    assert "a port that Ray was to listen on was taken meanwhile" in caught.value.problem
+        backend.start(told.append)
+    assert told == ["starting Ray on this machine", "Ray ended while starting; starting it once more"]
+    assert "Ray ended while starting" in caught.value.problem
     assert "Address already in use: 127.0.0.1:6379" in caught.value.problem
-    assert caught.value.cure == "submit again: other ports are chosen"
+    assert "utaforge doctor" in caught.value.cure

@@ -76,9 +76,10 @@ def _preparation(prepare: Prepare) -> Iterator[Unavailable]:
 def _judging(job: Job) -> Iterator[Unavailable]:
     if job.validation.stop_if:
         yield ("validation", "stop_if"), _yet("stopping on bad audio", "remove it")
-    for name in ("hours", "usd"):
-        if getattr(job.budget, name) is not None:
-            yield ("budget", name), _yet("enforcing a budget", "remove it")
+    if job.budget.hours is not None and job.cluster.backend != "kubernetes":
+        yield ("budget", "hours"), _yet("ending a run after so many hours", "remove it; backend kubernetes can")
+    if job.budget.usd is not None:
+        yield ("budget", "usd"), _yet("enforcing a budget of money", "remove it")
 
 
 def _cluster(job: Job) -> Iterator[Unavailable]:

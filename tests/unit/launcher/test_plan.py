@@ -8,7 +8,7 @@ from launcher.memory import Load, activations, memory, most_positions
 from launcher.plan import plan
 from launcher.profiles import GIB, find_profile
 from trainer.spec import Job, JobError
-from trainer.spec.cluster import Kubernetes, Local
+from trainer.spec.cluster import Budget, Kubernetes, Local
 from trainer.spec.families import FAMILIES
 from trainer.spec.model import MusicGen
 
@@ -92,6 +92,16 @@ def test_hours_on_gpus_are_a_lower_bound_that_says_so(job: Jobs) -> None:
     positions = 60 * 50 * 120
     assert planned.hours == pytest.approx(positions * (4 * planned.frozen + 6 * planned.trained) / 312e12 / 3600)
     assert planned.hours_basis.startswith("at least")
+
+
+def test_a_budget_of_fewer_hours_than_it_takes_is_refused(job: Jobs) -> None:
+    on_a_cluster = kubernetes(job("train.steps=100000"), "t4x4", 1, gradient_checkpointing=True)
+    needs = plan(on_a_cluster).hours
+    assert needs is not None
+    enough, short = (on_a_cluster.model_copy(update={"budget": Budget(hours=needs * of)}) for of in (1.01, 0.99))
+    assert plan(enough).hours == needs
+    with pytest.raises(JobError, match=r"budget\.hours: .* are fewer than the .* that this takes at least"):
+        plan(short)
 
 
 def test_a_given_micro_batch_is_kept(job: Jobs) -> None:

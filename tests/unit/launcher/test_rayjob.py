@@ -14,7 +14,7 @@ from launcher.profiles import find_profile
 from launcher.render.rayjob import RAY_VERSION, Submission, manifests, object_name, requests_of
 from launcher.render.rules import broken_rules
 from trainer.spec import Job, JobError
-from trainer.spec.cluster import Kubernetes
+from trainer.spec.cluster import Budget, Kubernetes
 
 SCHEMA = Path(__file__).parents[4] / "shared" / "data" / "kuberay" / "rayjob-v1.schema.json"
 URL = "s3://music/runs/uta"
@@ -168,6 +168,11 @@ def test_code_of_ones_own_comes_before_the_images(job: Jobs) -> None:
 def test_without_an_image_the_cure_is_make_image(job: Jobs) -> None:
     with pytest.raises(JobError, match="make image"):
         rendered(on(job(), image=None))
+
+
+def test_the_hours_of_the_budget_are_its_deadline(job: Jobs) -> None:
+    made, *_ = rendered(on(job().model_copy(update={"budget": Budget(hours=1.5)})))
+    assert made["spec"]["activeDeadlineSeconds"] == 5400
 
 
 @pytest.mark.parametrize("run", ["uta", "1-uta", "a" * 63, "songbloom-ja-" + "x" * 40 + "-12"])

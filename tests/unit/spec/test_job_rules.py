@@ -46,7 +46,7 @@ def test_the_job_of_the_design_is_right_and_lacks_only_what_comes_later():
     assert impossible_combinations(job) == []
     assert [dotted(path) for path, _ in unavailable(job)] == [
         "data.prepare.source.type", "data.prepare.lyrics.clean", "validation.stop_if",
-        "budget.hours", "budget.usd",
+        "budget.usd",
     ]  # fmt: skip
 
 
@@ -177,7 +177,9 @@ LATER = [
      "method.train_also.0.optimizer: anything but its own lr and weight_decay is not available yet; write the others "
      "as in train.optimizer"),
     ("validation.stop_if=[silent]", "validation.stop_if: stopping on bad audio is not available yet; remove it"),
-    ("budget.usd=40", "budget.usd: enforcing a budget is not available yet; remove it"),
+    ("budget.usd=40", "budget.usd: enforcing a budget of money is not available yet; remove it"),
+    ("budget.hours=4", "budget.hours: ending a run after so many hours is not available yet; remove it; backend "
+     "kubernetes can"),
 ]  # fmt: skip
 
 
