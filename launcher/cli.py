@@ -177,16 +177,18 @@ def render() -> None:
 @render.command()
 @_job_argument
 @click.option("--image", metavar="IMAGE", help="The launcher's image.")
-@click.option("--secret", "secrets", multiple=True, metavar="NAME", help="Its keys become variables of the launcher.")
-def cronjob(job_path: str, overrides: tuple[str, ...], image: str | None, secrets: tuple[str, ...]) -> None:
+def cronjob(job_path: str, overrides: tuple[str, ...], image: str | None) -> None:
     """The CronJob that retrains a job in the cluster, on the schedule of its retrain section."""
+    from launcher.profiles import text_of_own
     from launcher.render.cronjob import IMAGE, as_yaml
     from launcher.render.cronjob import cronjob as manifests
     from trainer.spec import load_job
 
     job = load_job(job_path, overrides, to_run=False)
     text = Path(job_path).read_text(encoding="utf-8")
-    click.echo(as_yaml(manifests(job, text, image=image or IMAGE, overrides=overrides, secrets=secrets)), nl=False)
+    profile = text_of_own(job.cluster.profile, Path(job_path).parent)
+    made = manifests(job, text, profile=profile, image=image or IMAGE, overrides=overrides)
+    click.echo(as_yaml(made), nl=False)
 
 
 @cli.command()

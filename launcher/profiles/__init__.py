@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +20,7 @@ from trainer.spec.explain import schema_faults
 from trainer.spec.yaml import read
 
 GIB = 1 << 30
+_SHIPPED = Path(__file__).parent
 
 
 class Price(Spec):
@@ -103,22 +103,32 @@ def find_profile(name: str, beside: Path | None = None) -> Profile:
     Raises:
         JobError: there is none, or its file has faults (all of them, as ``file:line:column: …``).
     """
-    places = _places(beside)
+    return _read(name, _path(name, beside))
+
+
+def text_of_own(name: str, beside: Path) -> str | None:
+    """The file of a profile that somebody wrote, beside the job or at home; None for those of utaforge.
+
+    Raises:
+        JobError: there is no such profile.
+    """
+    path = _path(name, beside)
+    return None if path.parent == _SHIPPED else path.read_text(encoding="utf-8")
+
+
+def _path(name: str, beside: Path | None) -> Path:
+    own = [beside / "profiles"] if beside else []
+    places = [*own, Path("~/.config/utaforge/profiles").expanduser(), _SHIPPED]
     for place in places:
         path = place / f"{name}.yaml"
         if path.is_file():
-            return _read(name, path)
+            return path
     names = sorted({path.stem for place in places for path in place.glob("*.yaml")})
     near = get_close_matches(name, names, 1)
     raise JobError(
         f"cluster.profile: there is no {name}.yaml in {', '.join(map(str, places))}",
         (f"did you mean {near[0]}? " if near else "") + f"there are: {', '.join(names)}",
     )
-
-
-def _places(beside: Path | None) -> Sequence[Path]:
-    own = [beside / "profiles"] if beside else []
-    return [*own, Path("~/.config/utaforge/profiles").expanduser(), Path(__file__).parent]
 
 
 def _read(name: str, path: Path) -> Profile:

@@ -20,14 +20,16 @@ START_SECONDS = 3600
 LONGEST_SECONDS = 7 * 24 * 3600
 """The launcher only follows the run; one that hangs must not keep all later retrainings away."""
 UID = 1000
-_JOB = "/etc/utaforge/job.yaml"
+_FOLDER, _JOB = "/etc/utaforge", "job.yaml"
 Manifest = dict[str, Any]
 
 
 def cronjob(
-    job: Job, text: str, *, image: str = IMAGE, overrides: Sequence[str] = (), secrets: Sequence[str] = ()
+    job: Job, text: str, *, profile: str | None = None, image: str = IMAGE, overrides: Sequence[str] = ()
 ) -> list[Manifest]:
     """A ConfigMap with the job file and the CronJob that runs ``utaforge retrain`` on it.
+
+    The launcher gets the secrets that the job's pods get (``cluster.secrets``): it reads and writes the same store.
 
     Both are called like the job with ``-retrain``, which is short enough: a job's name has 36 characters at most, a
     CronJob's 52. Nothing to do, a rejected candidate, and another retraining at work are no failures of the Kubernetes
@@ -36,9 +38,9 @@ def cronjob(
     Args:
         job: the job.
         text: of its file.
+        profile: text of the job's profile, if it is one of the user's own.
         image: the launcher's.
         overrides: as for ``--set``.
-        secrets: names of Secrets whose keys become variables.
 
     Raises:
         JobError: the job has no ``retrain`` section or does not run on Kubernetes.
@@ -51,8 +53,10 @@ def cronjob(
             "write cluster: {backend: kubernetes, …}",
         )
     name, labels = f"{job.name}-retrain", {"app.kubernetes.io/name": "utaforge-launcher", "utaforge/job": job.name}
+    files = {_JOB: text} | ({f"profiles/{job.cluster.profile}.yaml": profile} if profile else {})
     metadata = {"name": name, "namespace": job.cluster.namespace, "labels": labels}
-    template = {"metadata": {"labels": labels}, "spec": _pod(name, image, overrides, secrets)}
+    mounted = {"name": name, "items": [{"key": _key(path), "path": path} for path in files]}
+    template = {"metadata": {"labels": labels}, "spec": _pod(mounted, image, overrides, job.cluster)}
     schedule: Manifest = {
         "schedule": job.retrain.cron,
         "timeZone": job.retrain.timezone,
@@ -66,7 +70,12 @@ def cronjob(
         },
     }
     return [
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"job.yaml": text}},
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": metadata,
+            "data": {_key(path): told for path, told in files.items()},
+        },
         {"apiVersion": "batch/v1", "kind": "CronJob", "metadata": metadata, "spec": schedule},
     ]
 
@@ -86,7 +95,11 @@ def as_yaml(manifests: Sequence[Manifest]) -> str:
     return yaml.dump_all(manifests, Dumper=Dumper, allow_unicode=True, sort_keys=False, width=120)
 
 
-def _pod(config: str, image: str, overrides: Sequence[str], secrets: Sequence[str]) -> Manifest:
+def _key(path: str) -> str:
+    return path.replace("/", ".")  # a ConfigMap's keys have no slashes
+
+
+def _pod(config: Manifest, image: str, overrides: Sequence[str], cluster: Kubernetes) -> Manifest:
     """A pod that Pod Security ``restricted`` admits, with nothing to write to but an empty folder."""
     environment = {"HOME": "/tmp", "UTAFORGE_HOME": "/tmp/utaforge", "PYTHONUNBUFFERED": "1"}  # noqa: S108
     container: Manifest = {
@@ -94,7 +107,7 @@ def _pod(config: str, image: str, overrides: Sequence[str], secrets: Sequence[st
         "image": image,
         "command": ["/bin/sh", "-c", _script(overrides)],
         "env": [{"name": name, "value": value} for name, value in environment.items()],
-        "envFrom": [{"secretRef": {"name": secret}} for secret in secrets],
+        "envFrom": [{"secretRef": {"name": secret}} for secret in cluster.secrets],
         "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -102,7 +115,7 @@ def _pod(config: str, image: str, overrides: Sequence[str], secrets: Sequence[st
             "capabilities": {"drop": ["ALL"]},
         },
         "volumeMounts": [
-            {"name": "job", "mountPath": _JOB.rpartition("/")[0], "readOnly": True},
+            {"name": "job", "mountPath": _FOLDER, "readOnly": True},
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
         ],
     }
@@ -118,13 +131,18 @@ def _pod(config: str, image: str, overrides: Sequence[str], secrets: Sequence[st
         },
         "containers": [container],
         "volumes": [
-            {"name": "job", "configMap": {"name": config}},
+            {"name": "job", "configMap": config},
             {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
         ],
     }
 
 
 def _script(overrides: Sequence[str]) -> str:
-    command = ["utaforge", "retrain", _JOB, *(part for override in overrides for part in ("--set", override))]
+    command = [
+        "utaforge",
+        "retrain",
+        f"{_FOLDER}/{_JOB}",
+        *(part for override in overrides for part in ("--set", override)),
+    ]
     harmless = "|".join(str(code) for code in (NOTHING_TO_DO, REJECTED, Busy.exit_code))
     return f"{shlex.join(command)}\ncode=$?\ncase $code in {harmless}) exit 0 ;; esac\nexit $code\n"

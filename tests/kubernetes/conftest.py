@@ -10,6 +10,9 @@ from tests.kubernetes.cluster.access import RAY_CRD, Cluster
 from tests.kubernetes.cluster.control import environment, up
 from tests.kubernetes.cluster.install import obstacles
 from tests.kubernetes.cluster.layout import Layout
+from tests.kubernetes.images import TAG, Images
+from tests.kubernetes.place import Place, a_place
+from tests.kubernetes.team import Team, a_team
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +44,24 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("create", "namespace", name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def images(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Images:
+    """The product's, of the last commit."""
+    built = Images(cluster, tmp_path_factory.mktemp("images") / "utaforge")
+    built.build(TAG)
+    return built
+
+
+@pytest.fixture(scope="session")
+def team(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    with a_team(cluster, tmp_path_factory.mktemp("team")) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def place(team: Team, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Where the team's runs are submitted to."""
+    with a_place(team, images.name("trainer"), tmp_path_factory.mktemp("uta")) as made:
+        yield made

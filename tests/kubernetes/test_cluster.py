@@ -188,7 +188,7 @@ def test_a_pod_with_gpus_waits_until_the_node_has_them(own_cluster: Cluster, nam
 def test_pods_go_to_simulated_nodes_by_their_labels(own_cluster: Cluster, namespace: str) -> None:
     with simulated_nodes(own_cluster):
         for name, (gpus, _, labels) in NODES.items():
-            spec = {"nodeSelector": labels, "tolerations": [{"key": GPU, "operator": "Exists"}]}
+            spec = {"nodeSelector": labels, "tolerations": [{"operator": "Exists"}]}
             own_cluster.apply(pod(name, namespace, "train", "true", limits={GPU: str(gpus)}, **spec))
         for name in NODES:
             where = ["get", "pod", name, "-n", namespace, "-o", "jsonpath={.spec.nodeName} {.status.phase}"]

@@ -1,64 +1,16 @@
 """The images as ``make image`` builds them, run as a cluster runs them: as nobody special, with nothing to write to."""
 
 import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.images import ROOT, Images
 
-ROOT = Path(__file__).parents[2]
-CONFINED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
 MEGABYTE = 1_000_000
 PUBLIC_BASE = 75 * MEGABYTE
 """Of debian:bookworm-slim; what stands in for it where nothing can be pulled is larger."""
-
-
-class Images:
-    """``make image`` in a clone of the last commit, and the engine that holds what it builds."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.folder = folder
-        self.registry = cluster.registry
-        self.environment = dict(cluster.environment)
-        self.run("git", "clone", "--quiet", ROOT, folder)
-        self.commit = self.run("git", "-C", folder, "rev-parse", "HEAD").strip()
-
-    def build(self, tag: str) -> None:
-        self.run(
-            *("make", "--directory", self.folder, "image", f"TAG={tag}", f"REGISTRY={self.registry}", "PUSH=1"),
-            *("BUILD=--network host", "SOURCE=https://example.org/歌", f"UTAFORGE_HOME={self.folder}/.utaforge"),
-        )
-
-    def name(self, image: str, tag: str = "test") -> str:
-        return f"{self.registry}/utaforge-{image}:{tag}"
-
-    def inspect(self, image: str, tag: str = "test") -> Any:
-        return json.loads(self.run("docker", "image", "inspect", self.name(image, tag)))[0]
-
-    def inside(self, image: str, *command: str, stdin: str = "") -> str:
-        return self.run("docker", "run", "--rm", "--interactive", *CONFINED, self.name(image), *command, stdin=stdin)
-
-    def found(self, image: str, *programs: str) -> set[str]:
-        """Those of ``programs`` that are on its path."""
-        script = "import shutil, sys; print(*filter(shutil.which, sys.argv[1:]))"
-        return set(self.inside(image, "python", "-c", script, *programs).split())
-
-    def run(self, *command: str | Path, stdin: str = "") -> str:
-        done = subprocess.run(
-            command, env=self.environment, input=stdin, capture_output=True, text=True, timeout=3000, check=False
-        )
-        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout
-
-
-@pytest.fixture(scope="module")
-def images(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Images:
-    found = Images(cluster, tmp_path_factory.mktemp("images") / "utaforge")
-    found.build("test")
-    return found
 
 
 both = pytest.mark.parametrize("image", ["trainer", "launcher"])

@@ -10,12 +10,12 @@ import boto3
 import mlflow
 import pytest
 import requests
+from mlflow.artifacts import load_text
 
 from tests.kubernetes.cluster.access import Cluster
 from tests.kubernetes.cluster.install import programs
+from tests.kubernetes.images import ROOT, stand_in
 
-ROOT = Path(__file__).parents[2]
-IMAGES = Path(__file__).parent / "images"
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -74,7 +74,7 @@ def test_runs_and_their_artifacts_outlive_the_services(services: Services, monke
     services.make("down")
     services.make("up")
     assert mlflow.get_run(run.info.run_id).data.metrics == {"loss": 0.5}
-    assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/歌詞.txt") == "桜の歌"
+    assert load_text(f"runs:/{run.info.run_id}/歌詞.txt") == "桜の歌"
 
 
 def test_the_store_has_its_buckets_and_wants_the_keys_of_env(services: Services) -> None:
@@ -105,19 +105,10 @@ def _stand_ins(cluster: Cluster) -> dict[str, str]:
         return {}
     versitygw = next(folder for folder in programs(print) if (folder / "versitygw").exists())
     return {
-        "MLFLOW_IMAGE": _built(cluster, "mlflow", IMAGES),
-        "POSTGRES_IMAGE": _built(cluster, "postgresql", IMAGES),
-        "S3_IMAGE": _built(cluster, "versitygw", versitygw),
+        "MLFLOW_IMAGE": stand_in(cluster, "mlflow"),
+        "POSTGRES_IMAGE": stand_in(cluster, "postgresql"),
+        "S3_IMAGE": stand_in(cluster, "versitygw", versitygw),
     }
-
-
-def _built(cluster: Cluster, name: str, context: Path) -> str:
-    image = f"utaforge-test-{name}"
-    command = ("docker", "build", "--network=host", f"--file={IMAGES / name}.Dockerfile", f"--tag={image}", context)
-    environment = {**cluster.environment, "DOCKER_BUILDKIT": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return image
 
 
 def _free_port() -> int:

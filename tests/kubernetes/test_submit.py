@@ -1,129 +1,19 @@
-"""``submit`` with the backend ``kubernetes`` on a real cluster: KubeRay, S3, two worker pods, what may go wrong.
+"""``submit`` with the backend ``kubernetes`` on a real cluster, with the rights of the launcher's service account."""
 
-The trainer image of the cluster's registry is used, with this checkout's trainer laid over it (``cluster.code``).
-"""
-
-import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
 
-from launcher.backends.registry import look
-from launcher.runs import Run, find_run
-from tests.cluster.conftest import Said, Started, Utaforge
-from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.cluster.conftest import Said, Utaforge
+from tests.kubernetes.cluster.access import eventually
+from tests.kubernetes.place import MOST_SECONDS, STEPS, Place
+from tests.kubernetes.proxy import on_a_bad_day
+from tests.kubernetes.same import same_bits
 
-ROOT = Path(__file__).parents[2]
-BUCKET = "utaforge-submit"
 pytestmark = pytest.mark.timeout(1800)
-STEPS, COMMIT_EVERY = 30, 5
-JOB = """\
-name: {name}
-store: s3://{bucket}/{store}
-model: {{family: musicgen, pretrained: "builtin:pocket", segment_seconds: 10}}
-method: {{type: lora, rank: 8, targets: [q_proj, v_proj]}}
-data:
-  train: [{{dataset: s3://{bucket}/{store}/datasets/demo}}]
-  validation: {{fraction: 0.25, by: song}}
-  prepare: {{source: {{type: demo, style: b, songs: 8}}}}
-train: {{steps: {steps}, batch: {{seconds: 40}}, optimizer: {{lr: 1.0e-2}}}}
-checkpoint: {{every: {every}}}
-validation:
-  every: {steps}
-  prompts: [{{tags: "元気な 祭り, 都節音階", seconds: 2, seed: 1}}]
-cluster:
-  backend: kubernetes
-  profile: small
-  workers: 2
-  namespace: {namespace}
-  image: {image}
-  code: {root}
-  secrets: [utaforge-store]
-"""
-LONG = ("--set", "train.steps=150", "--set", "validation.every=150")
-"""Enough steps for something to happen meanwhile."""
-MOST_SECONDS = 1500
-"""Of one run: images are pulled, and a cluster may be lost."""
-SMALL = "cores: 0.2\nram_gib: 2.5\ndisk_gib: 4\n"
-
-
-class Place:
-    """A namespace to submit to, as a team would have one, and the command that does it."""
-
-    def __init__(self, cluster: Cluster, namespace: str, folder: Path) -> None:
-        self.cluster, self.namespace = cluster, namespace
-        self.image = f"{cluster.registry}/utaforge-trainer:dev"
-        self.store = namespace
-        if look(self.image) != "there":
-            pytest.skip(f"push the trainer's image: make image REGISTRY={cluster.registry} TAG=dev PUSH=1")
-        wanted = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
-        self.s3 = {name: cluster.environment[name] for name in wanted if name in cluster.environment}
-        self.s3 |= {"AWS_ENDPOINT_URL": cluster.s3}
-        for name, value in self.s3.items():
-            os.environ[name] = value  # for this process's own look into the store
-        (folder / "profiles").mkdir()
-        (folder / "profiles" / "small.yaml").write_text(SMALL)
-        self.utaforge = Utaforge(folder, {**self.s3, "KUBECONFIG": cluster.kubeconfig, "PYTHONPATH": str(ROOT)})
-
-    def job(self, name: str) -> str:
-        """A job file of that name."""
-        text = JOB.format(
-            name=name,
-            bucket=BUCKET,
-            store=self.store,
-            steps=STEPS,
-            every=COMMIT_EVERY,
-            namespace=self.namespace,
-            image=self.image,
-            root=ROOT,
-        )
-        path = self.utaforge.folder / f"{name}.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    def submit(self, name: str, *more: str) -> Started:
-        return self.utaforge.start("submit", self.job(name), "--yes", *more)
-
-    def run(self, name: str) -> Run:
-        return find_run(f"s3://{BUCKET}/{self.store}", name)
-
-    def committed(self, name: str) -> int:
-        """Step of the newest checkpoint; 0 where there is no run yet."""
-        place = f"s3://{BUCKET}/{self.store}"
-        return find_run(place, name).newest_commit() if self.objects("rayjobs", name) else 0
-
-    def objects(self, kind: str, run: str) -> list[dict[str, Any]]:
-        found = self.cluster.get("-n", self.namespace, kind, "-l", f"utaforge/run={run}")
-        return found["items"]
-
-    def pods(self, run: str, node_type: str) -> list[str]:
-        found = self.cluster.get("-n", self.namespace, "pods", "-l", f"utaforge/run={run},ray.io/node-type={node_type}")
-        return [pod["metadata"]["name"] for pod in found["items"] if not pod["metadata"].get("deletionTimestamp")]
-
-    def take_away(self, pod: str) -> None:
-        """As a node does that goes without notice: whoever is given 100 seconds may be done before they are over."""
-        self.cluster.kubectl("-n", self.namespace, "delete", "pod", pod, "--grace-period=1", "--wait=false")
-
-
-@pytest.fixture(scope="module")
-def place(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    made = Place(cluster, namespace, tmp_path_factory.mktemp("uta"))
-    kubectl = cluster.kubectl
-    kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
-    kubectl("-n", namespace, "create", "serviceaccount", "utaforge-trainer")
-    keys = [f"--from-literal={name}={value}" for name, value in made.s3.items()]
-    kubectl("-n", namespace, "create", "secret", "generic", "utaforge-store", *keys)
-    client = boto3.client("s3", endpoint_url=cluster.s3)
-    if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
-        client.create_bucket(Bucket=BUCKET)
-    yield made
-    kubectl("-n", namespace, "delete", "rayjobs", "--all", "--wait=false")
-    made.utaforge.end_everything()
+NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
+"""Kinds of objects that belong to a run."""
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +35,10 @@ def test_the_demo_ends_on_two_worker_pods_with_adapter_and_songs_in_s3(place: Pl
     assert "run demo is finished" in demo.text
 
 
+def test_the_adapter_is_the_one_that_the_local_backend_makes(place: Place, demo: Said) -> None:
+    same_bits(place.run("demo"), place.here("demo"))
+
+
 def test_every_line_of_the_driver_is_told_once(demo: Said) -> None:
     steps = re.findall(rf"^step (\d+)/{STEPS} · loss", demo.text, re.MULTILINE)
     assert [int(step) for step in steps] == list(range(1, STEPS + 1))
@@ -155,30 +49,6 @@ def test_what_was_sent_is_gone_but_for_the_rayjob_that_says_how_it_ended(place: 
     assert (rayjob["status"]["jobDeploymentStatus"], rayjob["status"]["jobStatus"]) == ("Complete", "SUCCEEDED")
     eventually(lambda: not place.pods("demo", "head") and not place.pods("demo", "worker"))
     assert str(place.run("demo").status()) == "finished"
-
-
-def test_a_worker_pod_that_is_taken_away_is_replaced_and_the_run_ends_well(place: Place, demo: Said) -> None:
-    started = place.submit("worker", *LONG)
-    started.until(lambda: place.committed("worker"))
-    taken = place.pods("worker", "worker")[0]
-    place.take_away(taken)
-    said = started.end(MOST_SECONDS)
-    assert said.code == 0, said.text
-    assert "going on from step" in said.text
-    assert place.run("worker").attempts() == 1
-    assert place.objects("rayjobs", "worker")[0]["status"].get("failed", 0) == 0
-
-
-def test_a_head_that_is_taken_away_costs_one_cluster_and_no_step(place: Place, demo: Said) -> None:
-    started = place.submit("head", *LONG)
-    started.until(lambda: place.committed("head"))
-    (head,) = place.pods("head", "head")
-    place.take_away(head)
-    said = started.end(MOST_SECONDS)
-    assert said.code == 0, said.text
-    assert "cluster 1 of at most 3 was lost" in said.text
-    assert "going on from step" in said.text
-    assert place.objects("rayjobs", "head")[0]["status"]["failed"] == 1
 
 
 def test_a_fault_of_the_job_ends_it_with_its_first_cluster(place: Place, demo: Said) -> None:
@@ -203,15 +73,20 @@ def test_of_two_terminals_one_submits(place: Place, demo: Said) -> None:
     assert "run twice goes on without you" in left.text
     assert len(place.objects("rayjobs", "twice")) == 1
     assert {each.end().code for each in both} == {5, 130}
-    done = place.utaforge("cancel", "twice", "--job", place.job("twice"))
-    assert done.code == 0, done.text
+    place.cancel("twice")
     assert place.objects("rayjobs", "twice") == []
     assert place.run("twice").status().state == "stopped"
 
 
 @pytest.mark.parametrize(
     ("moment", "accepted"),
-    [("plan of", False), (": new", None), ("it goes on when this is closed", True), (": running", True)],
+    [
+        ("plan of", False),
+        (": new", None),
+        ("it goes on when this is closed", True),
+        (": running", True),
+        ("step 1/", True),
+    ],
 )
 def test_ctrl_c_leaves_a_run_that_was_accepted_or_nothing(
     place: Place, demo: Said, moment: str, accepted: bool | None, request: pytest.FixtureRequest
@@ -224,24 +99,82 @@ def test_ctrl_c_leaves_a_run_that_was_accepted_or_nothing(
     left = "goes on without you" in said.text
     assert accepted in (left, None)
     assert bool(place.objects("rayjobs", name)) == left, said.text
-    assert not left or place.utaforge("cancel", name, "--job", place.job(name)).code == 0
+    if left:
+        place.cancel(name)
 
 
-def test_an_account_without_rights_is_told_what_it_lacks_and_sends_nothing(
-    place: Place, demo: Said, tmp_path: Path
-) -> None:
-    kubectl = place.cluster.kubectl
-    kubectl("-n", place.namespace, "create", "serviceaccount", "nobody")
-    token = kubectl("-n", place.namespace, "create", "token", "nobody").strip()
-    config = json.loads(kubectl("config", "view", "--raw", "--minify", "-o", "json"))
-    config["users"][0]["user"] = {"token": token}
-    path = tmp_path / "kubeconfig"
-    path.write_text(json.dumps(config))
-    folder = tmp_path / "歌"
-    folder.mkdir()
-    nobody = Utaforge(folder, {**place.utaforge.environment, "KUBECONFIG": str(path)})
-    said = nobody("submit", place.job("forbidden"), "--yes")
+def test_an_account_without_rights_is_told_what_it_lacks_and_sends_nothing(place: Place, tmp_path: Path) -> None:
+    place.team.namespace.kubectl("create", "serviceaccount", "nobody")
+    said = place.as_account("nobody", tmp_path)("submit", place.job("forbidden"), "--yes")
     assert said.code == 5, said.text
     assert "you may not, in namespace" in said.text
     assert "create rayjobs" in said.text
     assert place.objects("rayjobs", "forbidden") == []
+
+
+def test_an_api_server_on_a_bad_day_is_asked_again_unseen_and_nothing_is_started_twice(
+    place: Place, demo: Said, tmp_path: Path
+) -> None:
+    with on_a_bad_day(Path(place.utaforge.environment["KUBECONFIG"]), tmp_path) as (proxy, kubeconfig):
+        folder = tmp_path / "歌"
+        folder.mkdir()
+        laptop = Utaforge(folder, {**place.utaforge.environment, "KUBECONFIG": str(kubeconfig)})
+        said = laptop("submit", place.job("unlucky"), "--yes")
+        assert said.code == 0, said.text
+        assert all(count > 3 for count in proxy.spoilt.values())
+    steps = re.findall(rf"^step (\d+)/{STEPS} · loss", said.text, re.MULTILINE)
+    assert [int(step) for step in steps] == list(range(1, STEPS + 1))
+    assert not re.search(r"429|500|too many|timed out|Traceback", said.text)
+    assert len(place.objects("rayjobs", "unlucky")) == 1
+    assert place.run("unlucky").attempts() == 1
+
+
+def test_a_run_goes_on_when_the_laptop_is_gone_and_down_leaves_nothing_but_its_directory(
+    place: Place, demo: Said
+) -> None:
+    started = place.submit("alone")
+    started.until(lambda: "it goes on when this is closed" in started.text)
+    started.kill_everything()
+    followed = place.utaforge("logs", "-f", "alone", "--job", place.job("alone"))
+    assert f"step {STEPS}/{STEPS} · loss" in followed.text
+    eventually(lambda: str(place.run("alone").status()) == "finished")
+    said = place.utaforge("down", "alone", "--job", place.job("alone"), "--yes")
+    assert said.code == 0, said.text
+    for kind in NONE_LEFT:
+        eventually(lambda kind=kind: place.objects(kind, "alone") == [])
+    assert place.run("alone").result is not None
+
+
+def test_a_run_is_cancelled_while_its_pods_come_up(place: Place, demo: Said) -> None:
+    started = place.submit("early")
+    started.until(lambda: "it goes on when this is closed" in started.text)
+    place.cancel("early")
+    said = started.end()
+    assert said.code == 130, said.text
+    assert place.run("early").status().state == "stopped"
+    for kind in NONE_LEFT:
+        eventually(lambda kind=kind: place.objects(kind, "early") == [])
+
+
+def test_secrets_are_nowhere_but_in_their_secrets(place: Place, demo: Said) -> None:
+    namespace, bucket = place.team.namespace, place.team.bucket
+    kinds = namespace.kubectl("api-resources", "--namespaced", "--verbs=list", "--output=name").split()
+    asked = ",".join(kind for kind in kinds if kind != "secrets" and not kind.endswith("metrics.k8s.io"))
+    status, tracked = place.team.ask(
+        "/api/2.0/mlflow/experiments/search", user=place.team.trainer, body={"max_results": 100}
+    )
+    assert status == 200
+    experiments = re.findall(r'"experiment_id": ?"(\d+)"', tracked)
+    runs = place.team.ask("/api/2.0/mlflow/runs/search", user=place.team.trainer, body={"experiment_ids": experiments})[
+        1
+    ]
+    said = {
+        "the cluster": namespace.kubectl("get", asked, "--output=yaml", "--show-managed-fields"),
+        "the launcher": "".join(log.read_text() for log in place.utaforge.folder.glob("command-*.log")),
+        "MLflow": runs,
+        **{each.key: each.get()["Body"].read().decode("utf-8", "replace") for each in bucket.objects.all()},
+    }
+    assert "demo" in said["the cluster"] and "demo" in said["MLflow"] and "step 1/" in said["the launcher"]
+    assert any(key.endswith("runs/demo/logs/driver.log") for key in said)
+    for secret in (place.canary, place.team.trainer[1], place.team.admin[1]):
+        assert [where for where, text in said.items() if secret in text] == []

@@ -15,6 +15,7 @@ from launcher.snapshot import gather
 from launcher.why import Cause, diagnose
 from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.gpus import gpus_on_the_node, simulated_nodes
+from tests.kubernetes.images import Images
 from tests.kubernetes.situations import Situations
 
 pytestmark = pytest.mark.timeout(1800)
@@ -49,13 +50,12 @@ def store(cluster: Cluster) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def situations(
-    cluster: Cluster, namespace: str, store: str, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, namespace: str, store: str, images: Images, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Situations]:
     os.environ["KUBECONFIG"] = cluster.kubeconfig
     cluster.kubectl("-n", namespace, "create", "serviceaccount", "utaforge-trainer")
     _secret(cluster, namespace, "utaforge-store", {key: os.environ[key] for key in KEYS})
-    image = f"{cluster.registry}/utaforge-trainer:dev"
-    yield Situations(tmp_path_factory.mktemp("jobs"), store, namespace, image)
+    yield Situations(tmp_path_factory.mktemp("jobs"), store, namespace, images.name("trainer"))
 
 
 @pytest.fixture

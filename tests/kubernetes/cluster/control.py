@@ -85,8 +85,16 @@ def status(layout: Layout) -> dict[str, str]:
             return "not running"
         return f"{'well' if program.healthy() else 'not well'}, pid {process.pid}"
 
-    programs = [program for stage in stages(layout) for program in stage] + operators(layout)
-    return {program.name: state(program) for program in programs}
+    return {program.name: state(program) for program in _programs(layout)}
+
+
+def kill(layout: Layout, name: str) -> None:
+    """``kill -9`` of one program, which ``status`` names; ``up`` starts it again."""
+    supervisor = Supervisor(layout, Sandbox(layout))
+    (program,) = (each for each in _programs(layout) if each.name == name)
+    if process := supervisor.process(program):
+        process.kill()
+        process.wait(30)
 
 
 def environment(layout: Layout) -> dict[str, str]:
@@ -112,6 +120,10 @@ def environment(layout: Layout) -> dict[str, str]:
 def kubectl(layout: Layout, *arguments: str | Path) -> str:
     """What ``kubectl`` prints."""
     return run(layout.programs / "kubectl", f"--kubeconfig={layout.kubeconfig}", *arguments)
+
+
+def _programs(layout: Layout) -> list[Program]:
+    return [program for stage in stages(layout) for program in stage] + operators(layout)
 
 
 def _start(layout: Layout, sandbox: Sandbox, base: Path, say: Say) -> None:

@@ -43,7 +43,7 @@ def test_the_longest_name_of_a_job_still_makes_a_name_for_a_cronjob(job: Job) ->
 
 
 def test_the_pod_is_admitted_by_pod_security_restricted_and_may_only_write_to_tmp(job: Job) -> None:
-    _, made = cronjob(job, "", image="registry/歌:1", secrets=("s3",))
+    _, made = cronjob(job, "", image="registry/歌:1")
     pod = made["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["serviceAccountName"] == "utaforge-launcher"
     assert pod["restartPolicy"] == "Never"
@@ -56,7 +56,7 @@ def test_the_pod_is_admitted_by_pod_security_restricted_and_may_only_write_to_tm
         "capabilities": {"drop": ["ALL"]},
     }
     assert container["image"] == "registry/歌:1"
-    assert container["envFrom"] == [{"secretRef": {"name": "s3"}}]
+    assert container["envFrom"] == [{"secretRef": {"name": "utaforge-store"}}]
     assert [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")] == ["/tmp"]
 
 
@@ -81,6 +81,19 @@ def test_the_job_file_reaches_the_pod_as_it_is(job: Job) -> None:
     assert config["data"]["job.yaml"] == text
 
 
+def test_a_profile_of_ones_own_comes_with_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "profiles").mkdir()
+    text = "# 私の\ncores: 2\nram_gib: 4\ndisk_gib: 9\n"
+    (tmp_path / "profiles" / "mine.yaml").write_text(text, encoding="utf-8")
+    path = tmp_path / "job.yaml"
+    path.write_text((EXAMPLE / "job.yaml").read_text(encoding="utf-8").replace("t4x4", "mine"), encoding="utf-8")
+    assert run(["render", "cronjob", str(path)]) == 0
+    config, made = yaml.safe_load_all(capsys.readouterr().out)
+    volumes = {each["name"]: each for each in made["spec"]["jobTemplate"]["spec"]["template"]["spec"]["volumes"]}
+    mounted = {each["path"]: config["data"][each["key"]] for each in volumes["job"]["configMap"]["items"]}
+    assert mounted == {"job.yaml": path.read_text(encoding="utf-8"), "profiles/mine.yaml": text}
+
+
 def test_a_job_without_a_schedule_or_off_kubernetes_is_refused(job: Job) -> None:
     with pytest.raises(JobError, match="has no retrain section"):
         cronjob(job.model_copy(update={"retrain": None}), "")
@@ -90,7 +103,7 @@ def test_a_job_without_a_schedule_or_off_kubernetes_is_refused(job: Job) -> None
 
 
 def test_the_committed_example_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["render", "cronjob", str(EXAMPLE / "job.yaml"), "--secret", "utaforge-store"]) == 0
+    assert run(["render", "cronjob", str(EXAMPLE / "job.yaml")]) == 0
     committed = (EXAMPLE / "cronjob.yaml").read_text(encoding="utf-8")
     assert committed.partition("\n")[2] == capsys.readouterr().out
 

@@ -1,0 +1,168 @@
+"""The namespace of a team, made as ``k8s/README.md`` says: ``overlays/prod`` with MLflow at work and all secrets."""
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+from tests.kubernetes.cluster.access import Cluster
+from tests.kubernetes.images import stand_in
+from tests.kubernetes.overlay import Namespace, of_kind
+
+STAND_INS = {"ghcr.io/mlflow/mlflow": "mlflow", "postgres": "postgresql"}
+"""A default image → the Dockerfile of what stands in for it where tests have a registry of their own."""
+ARTIFACTS = "歌"
+"""Where MLflow keeps them in the bucket."""
+ASK = """
+import base64, json, sys, urllib.error, urllib.request
+path, host, user, body = json.loads(sys.argv[1])
+headers = {"Host": host, "Content-Type": "application/json"}
+if user:
+    headers["Authorization"] = "Basic " + base64.b64encode(":".join(user).encode()).decode()
+data = json.dumps(body).encode() if body else None
+try:
+    answer = urllib.request.urlopen(urllib.request.Request("http://mlflow:5000" + path, data, headers))
+except urllib.error.HTTPError as error:
+    answer = error
+print(json.dumps([answer.status, answer.read().decode()]))
+"""
+User = tuple[str, str]
+"""Name and password."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """A namespace with everything that people need who submit to it.
+
+    Attributes:
+        namespace: where it is.
+        bucket: for MLflow's artifacts, and for the team's store.
+        store_keys: variables by which the store is reached, as the secret ``utaforge-store`` has them.
+        admin: MLflow's administrator.
+        trainer: who runs log as, as the secret ``utaforge-mlflow`` has it.
+    """
+
+    namespace: Namespace
+    bucket: Any
+    store_keys: Mapping[str, str]
+    admin: User = field(default_factory=lambda: ("admin", secrets.token_hex(16)))
+    trainer: User = field(default_factory=lambda: ("utaforge", secrets.token_hex(16)))
+
+    def python(self, program: str, *arguments: str, user: User = ("", "")) -> str:
+        """The last line that a program prints in a pod that has nothing but MLflow's client."""
+        settings = ["MLFLOW_TRACKING_URI=http://mlflow:5000", "MLFLOW_HTTP_REQUEST_MAX_RETRIES=0"]
+        quiet = ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false", "GIT_PYTHON_REFRESH=quiet"]
+        known = [f"MLFLOW_TRACKING_USERNAME={user[0]}", f"MLFLOW_TRACKING_PASSWORD={user[1]}"]
+        command = ["env", *settings, *quiet, *known, "python3", "-c", program, *arguments]
+        return self.namespace.kubectl("exec", "client", "--", *command).splitlines()[-1]
+
+    def ask(
+        self,
+        path: str,
+        host: str = "mlflow:5000",
+        user: User | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> tuple[int, str]:
+        """Status and text of MLflow's answer to one request."""
+        status, answer = json.loads(self.python(ASK, json.dumps([path, host, user, body])))
+        return status, answer
+
+    def add_user(self, user: User) -> None:
+        """Let somebody log to MLflow."""
+        person = {"username": user[0], "password": user[1]}
+        status, answer = self.ask("/api/2.0/mlflow/users/create", user=self.admin, body=person)
+        assert status == 200, answer
+
+
+@contextmanager
+def a_team(cluster: Cluster, scratch: Path) -> Iterator[Team]:
+    """A team in ``cluster``, with a bucket of its own; ``scratch`` is an empty folder."""
+    images: dict[str, str] = {}
+    if "UTAFORGE_TEST_REGISTRY" in cluster.environment:
+        images = {public: stand_in(cluster, name) for public, name in STAND_INS.items()}
+    with _bucket(cluster) as bucket:
+        namespace = Namespace(cluster)
+        region = bucket.meta.client.meta.region_name
+        keys = {name: cluster.environment[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        settings = {
+            "MLFLOW_S3_ENDPOINT_URL": cluster.s3,
+            "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{bucket.name}/{ARTIFACTS}",
+            "AWS_DEFAULT_REGION": region,
+        }
+        team = Team(namespace, bucket, {**keys, "AWS_REGION": region, "AWS_ENDPOINT_URL": cluster.s3})
+        objects = namespace.render("overlays/prod", scratch, images, settings)
+        with namespace.holding(objects):
+            _make_secrets(team, keys)
+            namespace.apply(objects)
+            image = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["image"]
+            namespace.apply([_client(image)])
+            for awaited, condition in (("pod/client", "Ready"), ("deployment/mlflow", "Available")):
+                namespace.kubectl("wait", f"--for=condition={condition}", awaited, "--timeout=290s")
+            team.add_user(team.trainer)
+            yield team
+
+
+@contextmanager
+def _bucket(cluster: Cluster) -> Iterator[Any]:
+    s3: Any = boto3.resource(
+        "s3",
+        endpoint_url=cluster.s3,
+        region_name=cluster.environment.get("AWS_REGION", "us-east-1"),
+        aws_access_key_id=cluster.environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=cluster.environment["AWS_SECRET_ACCESS_KEY"],
+    )
+    made = s3.Bucket(f"utaforge-test-{secrets.token_hex(4)}")
+    made.create()
+    yield made
+    made.objects.all().delete()
+    made.delete()
+
+
+def _make_secrets(team: Team, keys: Mapping[str, str]) -> None:
+    made = {
+        "mlflow-postgresql": {"password": secrets.token_hex(16)},
+        "mlflow": {
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": team.admin[1],
+            **keys,
+        },
+        "utaforge-mlflow": {"MLFLOW_TRACKING_USERNAME": team.trainer[0], "MLFLOW_TRACKING_PASSWORD": team.trainer[1]},
+        "utaforge-store": team.store_keys,
+    }
+    for name, values in made.items():
+        literals = [f"--from-literal={key}={value}" for key, value in values.items()]
+        team.namespace.kubectl("create", "secret", "generic", name, *literals)
+
+
+def _client(image: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "client", "labels": {"app.kubernetes.io/name": "utaforge"}},
+        "spec": {
+            "serviceAccountName": "utaforge-trainer",
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+            "terminationGracePeriodSeconds": 0,
+            "containers": [
+                {
+                    "name": "client",
+                    "image": image,
+                    "command": ["sleep", "infinity"],
+                    "env": [{"name": "HOME", "value": "/tmp"}],
+                    "resources": {"requests": {"cpu": "50m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
+                    "securityContext": {
+                        "allowPrivilegeEscalation": False,
+                        "readOnlyRootFilesystem": True,
+                        "capabilities": {"drop": ["ALL"]},
+                    },
+                    "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+                }
+            ],
+            "volumes": [{"name": "tmp", "emptyDir": {}}],
+        },
+    }

@@ -1,0 +1,73 @@
+"""Which nodes the pods of each profile go to, among simulated ones of every kind."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.down import remains, take_down
+from launcher.runs import Run
+from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.cluster.gpus import NODES, simulated_nodes
+from tests.kubernetes.place import Place
+from tests.kubernetes.situations import Situations
+
+pytestmark = pytest.mark.timeout(600)
+WHERE = {
+    "t4x4": ("gke-t4x4", 4, False),
+    "t4x4-spot": ("gke-t4x4-spot", 4, True),
+    "a100-80": ("gke-a100-80", 1, False),
+    "a100-40-spot": ("eks-a100-40-spot", 1, True),
+    "rtx4090": ("onprem-rtx4090", 1, False),
+}
+"""Profile, and whether on spot nodes → the only node that its workers may go to, and their number."""
+
+
+@pytest.fixture(scope="module")
+def nodes(cluster: Cluster) -> Iterator[None]:
+    if not cluster.own:
+        pytest.skip("simulated nodes are only for the tests' own cluster")
+    with simulated_nodes(cluster):
+        yield
+
+
+@pytest.fixture(scope="module")
+def situations(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Situations]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", place.utaforge.environment["KUBECONFIG"])
+        yield Situations(tmp_path_factory.mktemp("jobs"), place.store, place.namespace, place.image)
+
+
+@pytest.mark.parametrize("kind", WHERE)
+def test_the_workers_of_a_profile_go_to_its_nodes_and_nothing_else_does(
+    place: Place, nodes: None, situations: Situations, kind: str
+) -> None:
+    node, workers, spot = WHERE[kind]
+    profile = f"cluster.profile={kind.removesuffix('-spot')}"
+    run = situations.send(f"on-{kind}", profile, f"cluster.workers={workers}", f"cluster.spot={spot}".lower())
+    try:
+        assert eventually(lambda: _nodes(place, run, "worker")) == {node}
+        assert not eventually(lambda: _nodes(place, run, "head")) & NODES.keys()
+    finally:
+        take_down(remains([run]), print)
+
+
+def test_without_gpus_no_pod_goes_where_gpus_are(place: Place, nodes: None, situations: Situations) -> None:
+    run = situations.send("on-cpu", "cluster.profile=cpu", "cluster.workers=2")
+    try:
+        for kind in ("head", "worker"):
+            assert not eventually(lambda kind=kind: _nodes(place, run, kind)) & NODES.keys()
+    finally:
+        take_down(remains([run]), print)
+
+
+def test_a_job_too_large_is_told_before_anything_is_sent(place: Place, nodes: None) -> None:
+    larger = ("cluster.profile=t4x4", "cluster.workers=8")
+    said = place.submit("large", *(part for override in larger for part in ("--set", override))).end()
+    assert said.code == 5, said.text
+    assert "the 1 nodes fit for it have room for 1 of 2 workers with " in said.text
+    assert place.objects("rayjobs", "large") == []
+
+
+def _nodes(place: Place, run: Run, node_type: str) -> set[str]:
+    found = place.team.namespace.get("pods", "-l", f"utaforge/run={run.name},ray.io/node-type={node_type}")["items"]
+    return {pod["spec"]["nodeName"] for pod in found if "nodeName" in pod["spec"]}

@@ -1,0 +1,127 @@
+"""One run, and all that may happen to it on a cluster: at its end it is the run to which nothing happened."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import Started
+from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.cluster.control import kill, up
+from tests.kubernetes.cluster.layout import Layout
+from tests.kubernetes.place import LONG, MOST_SECONDS, Place
+from tests.kubernetes.same import same_bits
+
+pytestmark = pytest.mark.timeout(3600)
+NAME = "sakura"
+EAT = "songs = [bytearray(b'u' * (64 << 20)) for _ in range(1000)]"
+"""Takes more memory than a pod may have; the kernel then ends what Ray has marked to go first, a rank."""
+OUTAGE_SECONDS = 30.0
+
+
+class Story:
+    """The run while it is followed from a laptop."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.submission: Started = place.submit(NAME, *LONG)
+        self.learns()
+
+    @property
+    def resumed(self) -> int:
+        """How often ranks have gone on from a checkpoint."""
+        return self.submission.text.count("going on from step ")
+
+    def learns(self) -> None:
+        """Wait until there is a checkpoint that was not there before."""
+        before = self.place.committed(NAME)
+        self.submission.until(lambda: self.place.committed(NAME) > before)
+
+    def goes_on(self, before: int) -> None:
+        """Wait until ranks have gone on once more than ``before``, and have learnt something."""
+        self.submission.until(lambda: self.resumed > before)
+        self.learns()
+
+
+@contextmanager
+def without(program: str) -> Iterator[None]:
+    """``kill -9`` of one of the cluster's programs; afterwards it is started again."""
+    layout = Layout.of_environment()
+    kill(layout, program)
+    try:
+        yield
+    finally:
+        up(layout, print)
+
+
+@pytest.fixture(scope="module")
+def story(place: Place, cluster: Cluster) -> str:
+    """What the launcher said until the end."""
+    if not cluster.own:
+        pytest.skip("this ends programs of the cluster: only for the tests' own")
+    namespace, told = place.team.namespace, Story(place)
+
+    before = told.resumed
+    place.take_away(place.pods(NAME, "worker")[0])
+    told.goes_on(before)
+
+    before = told.resumed
+    worker = place.pods(NAME, "worker")[0]
+    namespace.kubectl("exec", worker, "--", "python", "-c", EAT, check=False)
+    told.goes_on(before)
+
+    for program in ("ray-operator", "kube-apiserver"):
+        with without(program):
+            told.learns()
+
+    namespace.kubectl("scale", "deployment/mlflow", "--replicas=0")
+    told.learns()
+    namespace.kubectl("scale", "deployment/mlflow", "--replicas=1")
+
+    with without("versitygw"):
+        time.sleep(OUTAGE_SECONDS)
+    told.learns()
+
+    before = told.resumed
+    place.take_away(place.pods(NAME, "head")[0])
+    told.goes_on(before)
+
+    said = told.submission.end(MOST_SECONDS)
+    assert said.code == 0, said.text
+    return said.text
+
+
+def test_it_ends_as_the_run_to_which_nothing_happened(place: Place, story: str) -> None:
+    same_bits(place.run(NAME), place.here(NAME, *LONG))
+
+
+def test_one_cluster_was_lost_with_its_head_and_none_besides(place: Place, story: str) -> None:
+    assert story.count("cluster 1 of at most 3 was lost") == 1
+    (rayjob,) = place.objects("rayjobs", NAME)
+    assert rayjob["status"]["failed"] == 1
+    assert place.run(NAME).attempts() == 1
+
+
+def test_mlflow_has_one_run_with_every_step_once(place: Place, story: str) -> None:
+    steps_taken = place.run(NAME).job.train.steps
+    tracked = json.loads(place.run(NAME).store.get("mlflow.json"))["run_id"]
+    eventually(lambda: _tracked(place, tracked)["status"] == "FINISHED")
+    history = f"metrics/get-history?run_id={tracked}&metric_key=train/loss&max_results=1000"
+    steps = [int(point.get("step", 0)) for point in _ask(place, history)["metrics"]]
+    assert sorted(steps) == list(range(1, steps_taken + 1))
+    experiment = _tracked(place, tracked)["experiment_id"]
+    called_so = {"experiment_ids": [experiment], "filter": f"attributes.run_name = '{NAME}'"}
+    assert [run["info"]["run_id"] for run in _ask(place, "runs/search", called_so)["runs"]] == [tracked]
+
+
+def _tracked(place: Place, run_id: str) -> Any:
+    return _ask(place, f"runs/get?run_id={run_id}")["run"]["info"]
+
+
+def _ask(place: Place, path: str, body: Any = None) -> Any:
+    status, answer = place.team.ask(f"/api/2.0/mlflow/{path}", user=place.team.trainer, body=body)
+    assert status == 200, answer
+    return json.loads(answer)
