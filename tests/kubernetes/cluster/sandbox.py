@@ -53,6 +53,7 @@ class Sandbox:
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # an inherited pipe would keep its reader waiting as long as the cluster lives
         )
         while Path(f"/proc/{process.pid}/exe").resolve() != pause.resolve():
             if process.poll() is not None:
