@@ -22,8 +22,10 @@ from trainer.families import Family, open_family
 from trainer.rundir import RunDirectory
 from trainer.spec.data import HeldOut
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
+STEPS = 120
+"""Half of those that people see: enough to close half of the gap."""
 CARD = ROOT / "trainer" / "builtin" / "pocket" / "card.json"
 
 
@@ -50,7 +52,7 @@ class Demo:
 
 @pytest.fixture(scope="module")
 def demo(utaforge: Utaforge) -> Demo:
-    said = utaforge("submit", str(ROOT / "jobs" / "demo.yaml"), "--yes")
+    said = utaforge("submit", str(ROOT / "jobs" / "demo.yaml"), "--yes", "--set", f"train.steps={STEPS}")
     assert said.code == 0, said.text
     folder = utaforge.folder / "store" / "runs" / "demo"
     return Demo(said, folder, RunDirectory(f"file://{folder}"))

@@ -16,6 +16,7 @@ from launcher.runs import create_or_resume
 from trainer.spec import load_job
 from trainer.spec.errors import ClusterError
 
+pytestmark = pytest.mark.ray
 JOB = """\
 name: demo
 store: {store}

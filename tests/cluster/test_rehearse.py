@@ -9,11 +9,11 @@ import soundfile
 from tests.cluster.conftest import Utaforge
 from trainer.spec import load_job
 
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 JOBS = sorted(path for path in (Path(__file__).parents[2] / "jobs").glob("*.yaml") if path.name != "demo.yaml")
 FAMILIES = {"ace_step", "fish_speech", "heartmula", "musicgen", "songbloom"}
 
 
-@pytest.mark.timeout(1500)
 def test_all_jobs_rehearse_on_one_cluster(utaforge: Utaforge) -> None:
     told = json.loads(utaforge.output("rehearse", "--json", *map(str, JOBS)))
     assert [one["name"] for one in told] == [path.stem.replace("_", "-") for path in JOBS]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.cluster.conftest import Started, Utaforge
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 STEPS = 24
 JOB = """\
 name: sakura
@@ -31,7 +31,7 @@ data:
   prepare: {{source: {{type: demo, style: b, songs: 30}}}}
 train:
   steps: 24
-  batch: {{seconds: 300, micro_seconds: 20}}
+  batch: {{seconds: 120, micro_seconds: 20}}
   optimizer: {{lr: 1.0e-2}}
 checkpoint: {{every: 4}}
 validation:
