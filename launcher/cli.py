@@ -49,8 +49,6 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
-    from trainer.spec.errors import UtaforgeError
-
     try:
         return int(cli.main(list(arguments), prog_name="utaforge", standalone_mode=False) or 0)
     except click.exceptions.Abort:
@@ -59,11 +57,13 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         error.show()
         return 1
-    except UtaforgeError as error:
+    except Exception as error:  # noqa: BLE001  (the last resort: the traceback goes to a file)
+        from trainer.spec.errors import UtaforgeError
+
+        if not isinstance(error, UtaforgeError):
+            return _unexpected(error)
         _complain(str(error))
         return error.exit_code
-    except Exception as error:  # noqa: BLE001  (the last resort: the traceback goes to a file)
-        return _unexpected(error)
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
