@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(600)
 WHERE = {
     "t4x4": ("gke-t4x4", 4, False),
     "t4x4-spot": ("gke-t4x4-spot", 4, True),
-    "a100-80": ("gke-a100-80", 1, False),
+    "a100": ("gke-a100-80", 1, False),
     "a100-40-spot": ("eks-a100-40-spot", 1, True),
     "rtx4090": ("onprem-rtx4090", 1, False),
 }

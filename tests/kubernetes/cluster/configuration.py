@@ -70,6 +70,7 @@ def operators(layout: Layout) -> list[Program]:
         f"--kubeconfig={layout.kubeconfig}",
         *(f"--config={stages}/{name}.yaml" for name in KWOK_STAGES),
         "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+        "--node-lease-duration-seconds=40",  # without leases Kubernetes takes a node for lost after 50 seconds
         f"--server-address={layout.node}:8092",
     )
     return [
