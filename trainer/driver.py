@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -87,7 +88,7 @@ def fit(run: RunDirectory) -> None:
             run.raise_reported_failure()
             after = checkpoints.newest()
             fruitless = 0 if after and (before is None or after.step > before.step) else fruitless + 1
-            reason = _first_sentence(error)
+            reason = _reason(str(error).strip() or type(error).__name__)
             if fruitless == FRUITLESS_ATTEMPTS:
                 raise ClusterError(
                     f"the ranks of {run.name} were lost {fruitless} times in a row without a new checkpoint: {reason}",
@@ -129,10 +130,11 @@ def _trainer(run: RunDirectory) -> "TorchTrainer":
     )
 
 
-def _first_sentence(error: Exception) -> str:
-    """Of the last line, where Ray names the cause; what follows there is advice for Ray's own users."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].partition(". ")[0].rstrip(".")
+def _reason(told: str) -> str:
+    """Ray's own, short: it names the cause at the start of the last line, but for memory, where advice comes last."""
+    if re.search("OutOfMemory|low on memory|out of memory", told):
+        return "its machine or pod ran out of memory"
+    return told.splitlines()[-1].partition(". ")[0].rstrip(".").strip()
 
 
 def _rank(config: dict[str, str]) -> None:

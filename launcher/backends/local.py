@@ -41,6 +41,7 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
+    "RAY_SCHEDULER_EVENTS": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line printed by a rank arrives twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it costs 7 s of CPU at the start
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
