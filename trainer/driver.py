@@ -96,6 +96,26 @@ def fit(run: RunDirectory) -> None:
                 ) from error
             log.warning("a rank was lost: %s", reason)
             log.warning("starting the ranks again from step %d", after.step if after else 0)
+            _free_places()
+
+
+def _free_places() -> None:
+    """Give back the places of ranks that Ray Train has given up: the next ranks would wait for them for ever.
+
+    Its controller does so itself, unless a rank was killed for memory: then it stumbles over that rank's error.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.state import list_placement_groups
+    from ray.util.state.exception import RayStateApiException
+
+    here = ray.get_runtime_context()
+    own = [("creator_job_id", "=", here.get_job_id()), ("state", "!=", "REMOVED")]
+    try:
+        for held in list_placement_groups(here.gcs_address, filters=own):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(held["placement_group_id"])))
+    except (RayStateApiException, OSError) as error:
+        log.warning("whether places of the lost ranks are still taken cannot be seen: %s", error)
 
 
 def _prepare(run: RunDirectory) -> None:
