@@ -112,7 +112,8 @@ def _free_places() -> None:
     here = ray.get_runtime_context()
     own: list[Any] = [("creator_job_id", "=", here.get_job_id()), ("state", "!=", "REMOVED")]
     try:
-        for held in list_placement_groups(here.gcs_address, filters=own):
+        places: list[Any] = list_placement_groups(here.gcs_address, filters=own)
+        for held in places:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(held.placement_group_id)))
     except (RayStateApiException, OSError) as error:
         log.warning("whether places of the lost ranks are still taken cannot be seen: %s", error)

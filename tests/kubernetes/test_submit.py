@@ -14,6 +14,8 @@ from tests.kubernetes.same import same_bits
 pytestmark = pytest.mark.timeout(1800)
 NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
 """Kinds of objects that belong to a run."""
+GONE_SECONDS = 300.0
+"""A pod that waits for its head to come up does not hear that it is to end, and is killed after its two minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_a_run_goes_on_when_the_laptop_is_gone_and_down_leaves_nothing_but_its_d
     said = place.utaforge("down", "alone", "--job", place.job("alone"), "--yes")
     assert said.code == 0, said.text
     for kind in NONE_LEFT:
-        eventually(lambda kind=kind: place.objects(kind, "alone") == [])
+        eventually(lambda kind=kind: place.objects(kind, "alone") == [], GONE_SECONDS)
     assert place.run("alone").result is not None
 
 
@@ -153,7 +155,7 @@ def test_a_run_is_cancelled_while_its_pods_come_up(place: Place, demo: Said) -> 
     assert said.code == 130, said.text
     assert place.run("early").status().state == "stopped"
     for kind in NONE_LEFT:
-        eventually(lambda kind=kind: place.objects(kind, "early") == [])
+        eventually(lambda kind=kind: place.objects(kind, "early") == [], GONE_SECONDS)
 
 
 def test_secrets_are_nowhere_but_in_their_secrets(place: Place, demo: Said) -> None:
