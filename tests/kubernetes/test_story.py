@@ -105,6 +105,12 @@ def test_one_cluster_was_lost_with_its_head_and_none_besides(place: Place, story
     assert place.run(NAME).attempts() == 1
 
 
+def test_each_loss_is_told_by_what_it_was(story: str) -> None:
+    assert "a rank was lost: its machine or pod ran out of memory\n" in story
+    assert "Traceback" not in story
+    assert "autoscaler" not in story
+
+
 def test_mlflow_has_one_run_with_every_step_once(place: Place, story: str) -> None:
     steps_taken = place.run(NAME).job.train.steps
     tracked = json.loads(place.run(NAME).store.get("mlflow.json"))["run_id"]
