@@ -87,12 +87,17 @@ class Schedule:
         self.prepare(job, f"data.prepare.source.songs={songs}")
         manifests = self.place.utaforge.output("render", "cronjob", job, "--image", self.launcher_image)
         self.namespace.kubectl("apply", "-f", "-", stdin=manifests)
+        self.suspend(False)
         eventually(ended, SECONDS)
-        self.namespace.kubectl("patch", "cronjob", "weekly-retrain", "-p", '{"spec": {"suspend": true}}')
+        self.suspend(True)
         eventually(lambda: not self.active(), SECONDS)
-        self.namespace.kubectl("patch", "cronjob", "weekly-retrain", "-p", '{"spec": {"suspend": false}}')
         self.champions[name] = self.champion()
         self.verdicts[name] = self.read(run, "verdict.json")
+
+    def suspend(self, whether: bool) -> None:
+        """Stop the clock, or let it go on."""
+        patch = json.dumps({"spec": {"suspend": whether}})
+        self.namespace.kubectl("patch", "cronjob", "weekly-retrain", "-p", patch)
 
     def active(self) -> list[str]:
         """Kubernetes Jobs of it that are at work."""
