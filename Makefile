@@ -57,7 +57,7 @@ ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 
 test: $(READY) ## all tests but those on Kubernetes
 	@$(BIN)/python -m pytest -m "not ray" --numprocesses 2 --dist loadfile --durations=10
-	@$(BIN)/python -m pytest -m ray --numprocesses 2 --dist loadfile --durations=15
+	@$(BIN)/python -m pytest -m ray --durations=15
 
 test-kubernetes: $(READY) ## tests on a real Kubernetes (as root on Debian), or on that of KUBECONFIG
 	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 --durations=15
