@@ -166,21 +166,23 @@ class LocalBackend(Backend):
     def _wait(self, jobs: RayJobs) -> None:
         """Until ``ray start`` says that all is up, which it may be minutes after the dashboard answers, or never."""
         assert self._keeper is not None and self._folder is not None
-        log_file = self._folder / "start.log"
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            said = log_file.read_text(encoding="utf-8", errors="replace")
-            if self._keeper.poll() is not None:
-                raise _Ended(said)
-            with suppress(ClusterError):
-                if STARTED in said and jobs.version():
-                    return
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"Ray did not come up within {START_SECONDS:.0f} seconds\n{_tail(said)}",
-                    "see what keeps this machine busy (utaforge doctor), then submit again",
-                )
-            time.sleep(POLL_SECONDS)
+        with (self._folder / "start.log").open(encoding="utf-8", errors="replace") as log_file:  # the keeper removes it
+            told = ""
+            while True:
+                ended = self._keeper.poll() is not None
+                told += log_file.read()
+                if ended:
+                    raise _Ended(told)
+                with suppress(ClusterError):
+                    if STARTED in told and jobs.version():
+                        return
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"Ray did not come up within {START_SECONDS:.0f} seconds\n{_tail(told)}",
+                        "see what keeps this machine busy (utaforge doctor), then submit again",
+                    )
+                time.sleep(POLL_SECONDS)
 
     def _check_gpus(self) -> None:
         from launcher.profiles import gpus_here
