@@ -24,7 +24,8 @@ _KINDS = {kind.exit_code: kind for kind in (UtaforgeError, StoreError, DataError
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _FROM_RANK = re.compile(r"^\((?:RayTrainWorker|run_rank_of) pid=\d+(?:, ip=[^)]+)?\) ?")
 _OF_RAY = re.compile(
-    r"^\(raylet|^\(\w+ pid=\d+|^\s*\[?\d{4}-\d\d-\d\d[ T][\d:,.]+.*\.(?:py|cc):\d+|^\s*\[state-dump\]"
+    r"^\s*\(\d\) raylet|^\(raylet|^\((?:\w+ )?pid="
+    r"|^\s*\[?\d{4}-\d\d-\d\d[ T][\d:,.]+.*\.(?:py|cc):\d+|^\s*\[state-dump\]"
     r"|^Running entrypoint for job|^Setting up process group"
 )
 

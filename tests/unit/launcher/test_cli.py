@@ -173,6 +173,8 @@ def test_a_fault_of_our_own_leaves_one_line_and_a_file(
         ("(TrainController pid=3220) Requesting resources: {'CPU': 1} * 2", None),
         ("2026-11-21 04:36:10,679\tINFO worker.py:1691 -- Using address 127.0.0.1:27421", None),
         ("(RayTrainWorker pid=1) Setting up process group for: env:// [rank=0, world_size=2]", None),
+        ("(pid=gcs_server) [2026-11-21 20:59:49,643 E 9 9] (gcs_server) Failed to remove 1 bundle(s)", None),
+        ("\t(2) raylet has lagging heartbeats due to slow network or busy workload.", None),
         ("preparing: 3/6 songs (1.2 a second)", "preparing: 3/6 songs (1.2 a second)"),
         ("(verse) not a process", "(verse) not a process"),
     ],
