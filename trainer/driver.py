@@ -155,7 +155,8 @@ def _reason(told: str) -> str:
     """Ray's own, short: it names the cause at the start of the last line, but for memory, where advice comes last."""
     if re.search("OutOfMemory|low on memory|out of memory", told):
         return "its machine or pod ran out of memory"
-    return told.splitlines()[-1].partition(". ")[0].rstrip(".").strip()
+    *_, last = (line for line in told.splitlines() if line.strip() and not line.lstrip().startswith("→"))
+    return last.partition(". ")[0].rstrip(".").strip()
 
 
 def _rank(config: dict[str, str]) -> None:
