@@ -9,6 +9,8 @@ from tests.kubernetes.place import MOST_SECONDS, Place
 pytestmark = pytest.mark.timeout(1800)
 JOB = str(ROOT / "jobs" / "songbloom_ja.yaml")
 NAME, STEPS = "songbloom-ja", 100
+ROOMY = "cores: 0.15\nram_gib: 4\ndisk_gib: 4\n"
+"""The head turns songs into sketches and latents, with networks of 2 GB."""
 
 
 def test_the_api_server_accepts_what_a_dry_run_prints(place: Place) -> None:
@@ -41,10 +43,11 @@ def test_with_tiny_weights_it_trains_and_survives_a_reclaimed_worker(place: Plac
         f"cluster.namespace={place.namespace}",
         f"cluster.image={place.image}",
         f"cluster.code={ROOT}",
-        "cluster.profile=small",
+        "cluster.profile=roomy",
         "cluster.workers=2",
         "cluster.spot=false",
     )
+    (place.utaforge.folder / "profiles" / "roomy.yaml").write_text(ROOMY)
     (place.utaforge.folder / f"{NAME}.yaml").write_text((ROOT / JOB).read_text(encoding="utf-8"), encoding="utf-8")
     options = [part for override in overrides for part in ("--set", override)]
     started = place.utaforge.start("submit", f"{NAME}.yaml", "--yes", *options)
