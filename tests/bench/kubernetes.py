@@ -2,7 +2,7 @@
 somebody wrote by hand for the same trainer, with the same pods and nothing else.
 
 Needs a cluster as ``tests/kubernetes`` brings it up (``python -m tests.kubernetes.cluster env``), and the trainer's
-image, ``utaforge-trainer:dev``, in its registry.
+image in its registry, as those tests push it.
 """
 
 import json
@@ -21,6 +21,7 @@ import boto3
 
 from launcher.plan import plan
 from launcher.runs import Run, create_or_resume, runs_of
+from tests.kubernetes.images import TAG
 from tests.kubernetes.situations import JOB, TINY
 from trainer.spec import load_job
 
@@ -69,7 +70,7 @@ def measure(repeats: int = 3) -> Figure:
 class _Bench:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._namespace, self._store = folder, name, f"s3://{name}/store"
-        self._image = f"{os.environ['UTAFORGE_TEST_REGISTRY']}/utaforge-trainer:dev"
+        self._image = f"{os.environ['UTAFORGE_TEST_REGISTRY']}/utaforge-trainer:{TAG}"
         fields = {"name": "bench", "store": self._store, "namespace": name, "image": self._image}
         self._job = folder / "job.yaml"
         text = JOB.format(**fields).replace("workers: 1", f"workers: {WORKERS}").replace("steps: 40", "steps: 1")

@@ -9,6 +9,7 @@ from tests.kubernetes.cluster.access import Cluster
 from tests.kubernetes.cluster.control import DOCKER
 
 ROOT = Path(__file__).parents[2]
+DOCKERFILES = Path(__file__).parent / "dockerfiles"
 TAG = "test"
 CONFINED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
 
@@ -54,9 +55,6 @@ class Images:
         )
         assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
-
-
-DOCKERFILES = Path(__file__).parent / "dockerfiles"
 
 
 def stand_in(cluster: Cluster, name: str, context: Path = DOCKERFILES) -> str:

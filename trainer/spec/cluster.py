@@ -130,7 +130,7 @@ Cluster = Annotated[Local | Kubernetes | Cloud | Existing, Field(discriminator="
 
 
 class Budget(Spec):
-    """The most that a run may take; the plan is refused above it and the run stops, with a checkpoint, at it."""
+    """The most that a run may take: a plan that needs more is refused, and on Kubernetes the RayJob ends then."""
 
     hours: PositiveFloat | None = None
     usd: PositiveFloat | None = None
