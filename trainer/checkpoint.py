@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 SHARE_SECONDS, SHARE_POLL_SECONDS = 1800.0, 0.2
 """How long rank 0 waits for the parts of the others, and how often it looks."""
 RETRY_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 300.0)
-"""Waits between the tries of one upload, beyond the transport's own; training goes on until the next checkpoint is due."""
+"""Waits between the tries of one upload, beyond the transport's own; the next checkpoint has to wait for its end."""
 
 
 @dataclass(frozen=True)

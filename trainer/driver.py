@@ -88,7 +88,7 @@ def fit(run: RunDirectory) -> None:
             run.raise_reported_failure()
             after = checkpoints.newest()
             fruitless = 0 if after and (before is None or after.step > before.step) else fruitless + 1
-            reason = _reason(str(error).strip() or type(error).__name__)
+            reason = why_lost(str(error).strip() or type(error).__name__)
             if fruitless == FRUITLESS_ATTEMPTS:
                 raise ClusterError(
                     f"the ranks of {run.name} were lost {fruitless} times in a row without a new checkpoint: {reason}",
@@ -96,10 +96,10 @@ def fit(run: RunDirectory) -> None:
                 ) from error
             log.warning("a rank was lost: %s", reason)
             log.warning("starting the ranks again from step %d", after.step if after else 0)
-            _free_places()
+            free_places()
 
 
-def _free_places() -> None:
+def free_places() -> None:
     """Give back the places of ranks that Ray Train has given up: the next ranks would wait for them for ever.
 
     Its controller does so itself, unless a rank was killed for memory: then it stumbles over that rank's error.
@@ -151,7 +151,7 @@ def _trainer(run: RunDirectory) -> "TorchTrainer":
     )
 
 
-def _reason(told: str) -> str:
+def why_lost(told: str) -> str:
     """Ray's own, short: it names the cause at the start of the last line, but for memory, where advice comes last."""
     if re.search("OutOfMemory|low on memory|out of memory", told):
         return "its machine or pod ran out of memory"

@@ -119,6 +119,20 @@ def test_a_run_at_work_takes_no_second_submit_is_read_along_and_cancelled(
     assert create_or_resume(job, {}).news == "run demo: starts again, it had no checkpoint"
 
 
+def test_places_that_ray_train_has_left_taken_are_given_back(cluster: tuple[LocalBackend, RayJobs]) -> None:
+    _, jobs = cluster
+    program = (
+        "import ray; ray.init()\n"
+        "from ray.util.placement_group import placement_group as take\n"
+        "from trainer.driver import free_places\n"
+        "ray.get(take([{'CPU': 1}, {'CPU': 1}]).ready())\n"
+        "free_places()\n"
+        "ray.get(take([{'CPU': 1}, {'CPU': 1}]).ready(), timeout=60)\n"
+        "print('空いた')"
+    )
+    assert outcome(jobs, "takes-places", program)[-1] == "空いた"
+
+
 def test_only_the_token_opens_the_cluster_and_only_on_the_loopback(cluster: tuple[LocalBackend, RayJobs]) -> None:
     backend, jobs = cluster
     assert backend.token_file is not None

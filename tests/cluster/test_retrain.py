@@ -92,6 +92,7 @@ def story(utaforge: Utaforge) -> Story:
     story.retrain("a second at the same time", *MORE_SONGS)
     story.told("new songs", at_work.end())
     story.retrain("worse", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=30")
+    story.retrain("failed", *MORE_SONGS, *AGAIN, "--set", "train.optimizer.lr=1.0e+30")
     story.told("an older one by hand", utaforge("promote", "sakura", "--job", str(job)))
     lock = utaforge.home / "mlflow.db.lock"
     lock.unlink()
@@ -159,6 +160,14 @@ def test_what_is_worse_is_rejected_with_a_report(story: Story) -> None:
     assert "report.md" in {info.path for info in client.list_artifacts(run_id)}
 
 
+def test_a_failed_run_leaves_the_champion(story: Story) -> None:
+    said = story.said["failed"]
+    assert said.code == 6, said.text
+    assert "Traceback" not in said.text
+    assert story.champions["failed"] == story.aliases["failed"] == "sakura-2"
+    assert not (story.store / "runs" / "sakura-4" / "verdict.json").exists()
+
+
 def test_a_person_promotes_an_older_run_again(story: Story) -> None:
     said = story.said["an older one by hand"]
     assert said.code == 0, said.text
@@ -180,7 +189,8 @@ def test_without_mlflow_the_stores_word_stands_and_sync_tells_it_later(story: St
 def test_a_run_that_was_cut_off_before_its_verdict_is_judged_by_the_next_retraining(story: Story) -> None:
     for page in sorted(story.store.glob("champions/sakura/*.json"))[1:]:
         page.unlink()
-    (story.store / "runs" / "sakura-3" / "retrain.json").unlink()
+    for run in ("sakura-3", "sakura-4"):
+        (story.store / "runs" / run / "retrain.json").unlink()
     (story.store / "runs" / "sakura-2" / "verdict.json").unlink()
     said = story.command("retrain", str(story.job))
     assert said.code == 0, said.text
