@@ -9,7 +9,7 @@ attention-score term (the kernels used here never store scores) and without drop
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trainer.spec.families import BYTES, Dims
+from trainer.spec.family import BYTES, Dims
 
 Strategy = Literal["ddp", "zero2", "zero3"]
 Precision = Literal["fp32", "bf16", "fp16"]

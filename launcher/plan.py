@@ -8,7 +8,8 @@ from typing import Any, Literal
 from launcher.memory import Load, Memory, Precision, Strategy, memory, most_positions
 from launcher.profiles import GIB, Profile, cores_here, find_profile, ram_here
 from trainer.spec import Job, JobError
-from trainer.spec.families import FAMILIES, dims_of, lora_parameters, matches
+from trainer.spec.families import FAMILIES, dims_of
+from trainer.spec.family import lora_parameters, matches
 from trainer.spec.job import BatchSeconds
 from trainer.spec.model import Lora
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from trainer.adapt import apply
 from trainer.data.dataset import Dataset
-from trainer.families import Autoregressive, Batch, Example, Family, Predictions, open_family
+from trainer.families import open_family
+from trainer.families.base import Autoregressive, Batch, Example, Family, Predictions
 from trainer.spec.errors import UtaforgeError
-from trainer.spec.families import FAMILIES
-from trainer.spec.model import Lora, Model
+from trainer.spec.families import FAMILIES, Model
+from trainer.spec.model import Lora
 
 SONGS, SECONDS = 2, 10.0
 """What the tests compute on: the beginnings of the first songs."""

@@ -27,7 +27,8 @@ from trainer.data.dataset import Dataset, split
 from trainer.data.loader import Loader, validation_batches
 from trainer.data.planner import Planner
 from trainer.engine import Engine, TrainingState, load_sharded, load_state, save_state
-from trainer.families import Family, open_family
+from trainer.families import open_family
+from trainer.families.base import Family
 from trainer.loop import train
 from trainer.mirror import Mirror
 from trainer.rundir import RunDirectory, unexpected

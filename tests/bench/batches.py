@@ -12,7 +12,8 @@ from trainer.data.dataset import Dataset, split
 from trainer.data.loader import make_batch
 from trainer.data.planner import GlobalBatch, Planner, share
 from trainer.engine import Micro
-from trainer.families import Family, open_family
+from trainer.families import open_family
+from trainer.families.base import Family
 from trainer.spec import job_from_json
 from trainer.spec.data import HeldOut
 from trainer.spec.families import FAMILIES

@@ -35,10 +35,11 @@ from trainer.adapt import apply, parameter_groups
 from trainer.codecs.dcae import SHAPE
 from trainer.data.planner import Pool, in_order
 from trainer.engine import DTYPES, Engine, Precision
-from trainer.families import FAMILY_NAMES, Batch, Example, Family, open_family
-from trainer.spec.families import FAMILIES
+from trainer.families import open_family
+from trainer.families.base import Batch, Example, Family
+from trainer.spec.families import FAMILIES, Model
 from trainer.spec.job import BatchSongs, Train
-from trainer.spec.model import Lora, Model
+from trainer.spec.model import Lora
 
 from .figure import Figure, machine, save, show
 
@@ -306,10 +307,10 @@ def _free() -> None:
 def main() -> None:
     """Measure, tell; on a GPU, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description="LoRA steps beside plain PEFT")
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILY_NAMES))
-    names = parser.parse_args().families or FAMILY_NAMES
-    if unknown := set(names) - set(FAMILY_NAMES):
-        parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(FAMILY_NAMES)}")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
+    names = parser.parse_args().families or FAMILIES
+    if unknown := set(names) - set(FAMILIES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(FAMILIES)}")
     place, figures = here(), list[Figure]()
     for name in names:
         where = {**machine(PACKAGES), **place.told}

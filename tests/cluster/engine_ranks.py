@@ -18,10 +18,12 @@ import torch.distributed as dist
 from trainer import engine as engine_module
 from trainer.adapt import apply, parameter_groups
 from trainer.engine import Engine, learning_rate, load_sharded, load_state, save_state
-from trainer.families import Batch, Example, open_family
+from trainer.families import open_family
+from trainer.families.base import Batch, Example
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.families import FAMILIES
 from trainer.spec.job import BatchSeconds, Prompt, Sampling, Train
-from trainer.spec.model import Full, Lora, MusicGen, Optimizer, Schedule
+from trainer.spec.model import Full, Lora, Optimizer, Schedule
 
 STEPS, SAVED = 4, 2
 LENGTHS = [(31,), (12, 9), (25, 7), (5, 5, 5), (18,)]

@@ -18,7 +18,8 @@ from torch import nn
 from tests.cluster.conftest import Said, Utaforge
 from trainer.data.dataset import Dataset, split
 from trainer.data.loader import validation_batches
-from trainer.families import Family, open_family
+from trainer.families import open_family
+from trainer.families.base import Family
 from trainer.rundir import RunDirectory
 from trainer.spec.data import HeldOut
 

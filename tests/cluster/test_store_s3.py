@@ -13,9 +13,9 @@ from trainer.codecs import open_codec
 from trainer.data.dataset import Dataset
 from trainer.data.prepare import Tools, prepare_songs
 from trainer.families import open_family
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.data import Prepare
 from trainer.spec.errors import StoreError
-from trainer.spec.model import MusicGen
 from trainer.store import Store, open_store
 
 MUSIC = Path(os.environ.get("UTAFORGE_TEST_MUSIC", Path(__file__).parents[3] / "shared" / "data" / "music"))

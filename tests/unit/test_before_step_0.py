@@ -19,7 +19,7 @@ from trainer.data.shards import Song
 from trainer.families import open_family
 from trainer.spec import JobError, load_job
 from trainer.spec.data import Prepare
-from trainer.spec.model import Model
+from trainer.spec.families import Model
 
 JOB = """\
 name: hanabi

@@ -9,9 +9,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from tests.bench.gpu import TEXT, _grouped, _songs, _weights_times_positions, on_cpu, peak_of
-from trainer.families import FAMILY_NAMES, open_family
+from trainer.families import open_family
 from trainer.families.musicgen.network import MusicGenNetwork
-from trainer.spec.model import Model
+from trainer.spec.families import FAMILIES, Model
 
 ROOT = Path(__file__).parents[2]
 ABSENT = ("ray", "mlflow", "deepspeed", "pyarrow", "obstore", "diffusers", "av", "pyloudnorm", "boto3", "s3fs")
@@ -37,7 +37,7 @@ def test_all_families_are_measured_with_the_packages_of_a_bare_gpu_box() -> None
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "gpu " in line]
-    assert [row[0] for row in rows] == [f"gpu {name}" for name in FAMILY_NAMES]
+    assert [row[0] for row in rows] == [f"gpu {name}" for name in FAMILIES]
     for _, ours, plain, value, limit, mark in rows:
         assert "tokens/s, MFU unknown, memory unknown; N " in ours
         assert "tokens/s, MFU unknown, memory unknown: we are " in plain

@@ -19,11 +19,13 @@ from trainer.engine import (
     remove_stale_locks,
     save_state,
 )
-from trainer.families import Batch, Example, open_family
+from trainer.families import open_family
+from trainer.families.base import Batch, Example
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.errors import TrainingError
 from trainer.spec.families import FAMILIES
 from trainer.spec.job import BatchSeconds, Train
-from trainer.spec.model import Full, Lora, MusicGen, Optimizer, Schedule
+from trainer.spec.model import Full, Lora, Optimizer, Schedule
 
 FAMILY = open_family(MusicGen(family="musicgen", pretrained="random:tiny"))
 METHOD = Lora(type="lora", rank=4, alpha=8)

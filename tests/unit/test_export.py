@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from launcher.cli import run as utaforge
 from trainer.adapt import apply, save_adapter
-from trainer.families import Example, open_family
+from trainer.families import open_family
 from trainer.families.ace_step.network import AceStepNetwork
+from trainer.families.base import Example
 from trainer.merge import export, main
 from trainer.rundir import RunDirectory
 from trainer.spec import Job, dump_job

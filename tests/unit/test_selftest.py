@@ -18,13 +18,14 @@ from trainer.audio.write import save
 from trainer.codecs import open_codec
 from trainer.data.dataset import Dataset
 from trainer.data.prepare import Tools, prepare_songs
-from trainer.families import FAMILY_NAMES, Autoregressive, Example, open_family
+from trainer.families import open_family
+from trainer.families.base import Autoregressive, Example
 from trainer.families.fish_speech import network as fish_speech
 from trainer.families.heartmula import llama as heartmula
 from trainer.families.songbloom import transformer as songbloom
 from trainer.selftest import causality, greedy_generation
 from trainer.spec.data import Prepare
-from trainer.spec.model import Model
+from trainer.spec.families import FAMILIES, Model
 
 AUTOREGRESSIVE = ("fish_speech", "heartmula", "musicgen", "songbloom")
 SHARPER = 8
@@ -58,7 +59,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     return dataset
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_weights_and_songs_that_belong_together_pass(
     family: str, datasets: Callable[[str], str], capfd: pytest.CaptureFixture[str]
 ) -> None:

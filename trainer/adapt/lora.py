@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.spec.errors import TrainingError
-from trainer.spec.families import FamilySpec
+from trainer.spec.family import FamilySpec
 from trainer.spec.model import Lora
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -25,11 +25,11 @@ from trainer.data.prepare import prepare
 from trainer.engine import Engine
 from trainer.families.musicgen.family import MusicGenFamily
 from trainer.families.musicgen.network import MusicGenNetwork
+from trainer.families.musicgen.spec import MusicGen
 from trainer.families.musicgen.weights import Release, save_network
 from trainer.loop import train
 from trainer.spec import Job
 from trainer.spec.data import HeldOut
-from trainer.spec.model import MusicGen
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "pocket"

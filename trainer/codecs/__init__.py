@@ -2,8 +2,7 @@
 
 from importlib import import_module
 
-from trainer.spec.families import codec_of
-from trainer.spec.model import Model
+from trainer.spec.families import Model, codec_of
 
 from .base import Codec
 

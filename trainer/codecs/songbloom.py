@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchaudio.functional import resample
 
+from trainer.families.songbloom.spec import SongBloom
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.model import BaseModelSpec, SongBloom
+from trainer.spec.model import BaseModelSpec
 from trainer.weights import load, local_path, random_weights, read_json, tensors
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from jaxtyping import Int
 from trainer.audio.decode import load
 from trainer.audio.loudness import normalise
 from trainer.codecs import Codec, open_codec
-from trainer.families import Family, open_family
+from trainer.families import open_family
+from trainer.families.base import Family
 from trainer.spec.data import Prepare
 from trainer.spec.errors import DataError
 from trainer.spec.job import Job

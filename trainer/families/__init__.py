@@ -1,34 +1,15 @@
-"""Families by name, imported only when asked for."""
+"""Families by name, imported only when asked for. Without torch, since the job schema takes each room's ``spec.py``."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from trainer.spec.model import Model
+import trainer.spec.families as known
 
-from .base import Arrays, Autoregressive, Batch, Example, Family, Predictions
-
-_ROOMS = {
-    "ace_step": "trainer.families.ace_step.family:AceStepFamily",
-    "fish_speech": "trainer.families.fish_speech.family:FishSpeechFamily",
-    "heartmula": "trainer.families.heartmula.family:HeartMuLaFamily",
-    "musicgen": "trainer.families.musicgen.family:MusicGenFamily",
-    "songbloom": "trainer.families.songbloom.family:SongBloomFamily",
-}
-FAMILY_NAMES = tuple(_ROOMS)
+if TYPE_CHECKING:
+    from .base import Family
 
 
-def open_family(model: Model) -> Family:
+def open_family(model: "known.Model") -> "Family":
     """The family of a job's ``model:`` section."""
-    module, name = _ROOMS[model.family].split(":")
+    module, name = known.FAMILIES[model.family].implementation.split(":")
     return getattr(import_module(module), name)(model)
-
-
-__all__ = [
-    "FAMILY_NAMES",
-    "Arrays",
-    "Autoregressive",
-    "Batch",
-    "Example",
-    "Family",
-    "Predictions",
-    "open_family",
-]

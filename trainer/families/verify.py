@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.families import FAMILY_NAMES
 from trainer.spec.errors import UtaforgeError
+from trainer.spec.families import FAMILIES
 from trainer.weights import check
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -145,8 +145,8 @@ def run(folder: Path) -> list[Line]:
         UtaforgeError: it is no case, or our network has other keys.
     """
     case = Case(folder)
-    if case.family not in FAMILY_NAMES:
-        raise UtaforgeError(f"{folder}: there is no family {case.family!r}", f"known: {', '.join(FAMILY_NAMES)}")
+    if case.family not in FAMILIES:
+        raise UtaforgeError(f"{folder}: there is no family {case.family!r}", f"known: {', '.join(FAMILIES)}")
     ours: Mapping[str, Tensor] = importlib.import_module(f"trainer.families.{case.family}.golden").run(case)
     wanted = case.wanted or dict.fromkeys(case.told["outputs"], torch.zeros(1))
     return [Line(name, error(ours.get(name), value), case.tolerance(name)) for name, value in wanted.items()]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from .data import DemoSource, FolderSource, JsonlSource, Prepare, ProtosSource, SpeakersSource
 from .job import Job
-from .model import AceStep, Lora
+from .model import Lora
 from .yaml import FieldPath
 
 Unavailable = tuple[FieldPath, str]
@@ -29,7 +29,7 @@ def _model(job: Job) -> Iterator[Unavailable]:
                 path,
                 _yet("downloading from Hugging Face", "download it yourself and write file:///path/to/it"),
             )
-    if isinstance(model, AceStep) and model.scheduled_sampling:
+    if getattr(model, "scheduled_sampling", None):
         yield ("model", "scheduled_sampling"), _yet("scheduled sampling", "remove it")
     if model.base_precision == "int8":
         yield ("model", "base_precision"), _yet("int8", "write auto")

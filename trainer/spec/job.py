@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, 
 from .base import Name, PositiveFloat, PositiveInt, Secret, Spec, StoreUrl, no_password
 from .cluster import Budget, Cluster, Local, Retrain
 from .data import Data
-from .model import Method, Model, Optimizer, Schedule
+from .families import Model
+from .model import Method, Optimizer, Schedule
 
 RULES_LATER = {"rules": "later"}
 """Validation context: the caller looks for impossible combinations itself."""

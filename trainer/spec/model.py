@@ -1,7 +1,7 @@
 """``model:`` and ``method:``: which network is trained and how."""
 
 from dataclasses import asdict
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -19,8 +19,9 @@ class Codec(Spec):
 
 
 class BaseModelSpec(Spec):
-    """What every family has."""
+    """What every family has; those of its own are in ``spec.py`` of its room."""
 
+    family: str
     pretrained: WeightsUrl
     """To start from: a directory of the official release, ``hf://org/repo``, ``random:tiny`` or ``builtin:pocket``."""
     codec: Codec = Codec()
@@ -31,86 +32,10 @@ class BaseModelSpec(Spec):
 
     def urls(self) -> dict[tuple[str, ...], str]:
         """Every place that weights, tokenizers and vocabularies come from, by its path in the job."""
-        names = ("pretrained", "text_encoder", "tokenizer", "lyric_vocabulary")
-        named = {("model", name): url for name in names if (url := getattr(self, name, None))}
+        fields = type(self).model_fields
+        names = ["pretrained", *(name for name, one in fields.items() if WeightsUrl in get_args(one.annotation))]
+        named = {("model", name): url for name in names if (url := getattr(self, name))}
         return named | {("model", "codec", "weights", part): url for part, url in self.codec.weights.items()}
-
-
-class MusicGen(BaseModelSpec):
-    """MusicGen: description → EnCodec tokens."""
-
-    family: Literal["musicgen"]
-    text_encoder: WeightsUrl | None = None
-    """T5 encoder's directory; by default the text encoder inside ``pretrained``."""
-    cfg_dropout: Fraction = 0.3
-    """How often the description is dropped in training, so that guidance works (audiocraft: 0.3)."""
-    dropout: Fraction = 0.0
-    """Dropout inside the network; audiocraft trains with 0, whatever the released config says."""
-    segment_seconds: PositiveFloat = 30.0
-    """Longer songs are cut into segments of at most this length (the network has 2,048 positions)."""
-
-
-class SongBloom(BaseModelSpec):
-    """SongBloom: lyrics and a style prompt → sketch tokens and VAE latents."""
-
-    family: Literal["songbloom"]
-    cfg_dropout: Fraction = 0.1
-    style_seconds: PositiveFloat = 10.0
-    segment_seconds: PositiveFloat = 150.0
-    """Longer songs are cut into segments of at most this length; 240 for the release of that name."""
-
-
-class HeartMuLa(BaseModelSpec):
-    """HeartMuLa: tags and lyrics → HeartCodec tokens."""
-
-    family: Literal["heartmula"]
-    tokenizer: WeightsUrl | None = None
-    """Llama 3's ``tokenizer.json``; by default the one beside the weights or in the folder above them."""
-    cfg_dropout: Fraction = 0.1
-    """How often tags and lyrics are dropped in training, so that guidance works."""
-    depth_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the frames on which the depth decoder is trained."""
-    segment_seconds: PositiveFloat = 240.0
-    """Longer songs are cut into segments of at most this length, each with the lyrics of the whole song."""
-
-
-class ScheduledSampling(Spec):
-    """Roll the model's own prediction into its input while training (diffusion families)."""
-
-    max_offset: PositiveInt = 1
-    probability: Annotated[float, Field(ge=0, le=1)] = 0.0
-    ramp_steps: Annotated[int, Field(ge=0)] = 0
-    sampler: Literal["euler", "heun"] = "euler"
-
-
-class AceStep(BaseModelSpec):
-    """ACE-Step: tags and lyrics → DCAE latents, by flow matching."""
-
-    family: Literal["ace_step"]
-    text_encoder: WeightsUrl | None = None
-    """UMT5's directory; by default ``umt5-base`` inside ``pretrained``."""
-    lyric_vocabulary: WeightsUrl | None = None
-    """``vocab.json`` of upstream's code (``models/lyrics_utils``); the release of the weights has none."""
-    shift: PositiveFloat = 3.0
-    """How far timesteps are shifted towards noise, in training and sampling alike."""
-    ssl_features: bool = False
-    """Also learn to guess MERT's and mHuBERT's features, which hold the lyrics; shards need them."""
-    segment_seconds: PositiveFloat = 240.0
-    """Longer songs are cut into segments of at most this length (upstream trains on whole songs up to it)."""
-    scheduled_sampling: ScheduledSampling | None = None
-
-
-class FishSpeech(BaseModelSpec):
-    """fish-speech text2semantic: text → FireflyGAN codes."""
-
-    family: Literal["fish_speech"]
-    version: Literal["1.4", "1.5"] = "1.5"
-    """They differ in tokenizer, prompt and what is learned; the weights of one are of no use as the other."""
-    segment_seconds: PositiveFloat = 120.0
-    """Longer songs are cut into segments of at most this length, each with the text of the whole song."""
-
-
-Model = Annotated[MusicGen | SongBloom | HeartMuLa | AceStep | FishSpeech, Field(discriminator="family")]
 
 
 class Optimizer(Spec):

@@ -18,7 +18,8 @@ from trainer.adapt import apply, load_adapter
 from trainer.checkpoint import Checkpoints
 from trainer.codecs import open_codec
 from trainer.engine import load_sharded
-from trainer.families import Family, open_family
+from trainer.families import open_family
+from trainer.families.base import Family
 from trainer.rundir import RunDirectory
 from trainer.spec.errors import JobError, StoreError, UtaforgeError
 from trainer.spec.families import FAMILIES

@@ -14,7 +14,7 @@ from trainer.audio.measures import measure
 from trainer.audio.write import Format, encode
 from trainer.checkpoint import folder_of
 from trainer.codecs import Codec
-from trainer.families import Arrays, Family
+from trainer.families.base import Arrays, Family
 from trainer.spec.errors import StoreError
 from trainer.spec.job import Prompt, Sampling, ValidationSpec
 from trainer.store import Store

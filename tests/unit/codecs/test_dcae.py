@@ -7,8 +7,9 @@ from safetensors.torch import save_file
 
 from trainer.codecs.adamos import LogMel, VocoderConfig
 from trainer.codecs.dcae import TINY_DCAE, TINY_VOCODER, WEIGHTS, Dcae
+from trainer.families.ace_step.spec import AceStep
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.model import AceStep, Codec
+from trainer.spec.model import Codec
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from trainer.codecs import encodec
 from trainer.codecs.encodec import Encodec
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.model import Codec, MusicGen
+from trainer.spec.model import Codec
 
 
 def model(pretrained: str, **weights: str) -> MusicGen:

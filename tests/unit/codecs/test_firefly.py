@@ -8,8 +8,9 @@ import torch
 
 from trainer.codecs import firefly
 from trainer.codecs.firefly import TINY, Firefly, FireflyCodec, FireflyConfig
+from trainer.families.fish_speech.spec import FishSpeech
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.model import Codec, FishSpeech
+from trainer.spec.model import Codec
 from trainer.weights import random_weights
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from trainer.codecs import open_codec
 from trainer.codecs.heartcodec import HeartCodec, joined, window_latents
 from trainer.codecs.heartcodec_network import HeartCodecConfig, HeartCodecNetwork
+from trainer.families.heartmula.spec import HeartMuLa
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.model import Codec, HeartMuLa
+from trainer.spec.model import Codec
 
 ENCODER_PARAMETERS = 84_307_384
 """Of the release's waveform encoder, which decoding does without."""

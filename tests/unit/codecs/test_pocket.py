@@ -10,8 +10,9 @@ from trainer.audio.write import save
 from trainer.codecs import open_codec
 from trainer.codecs.pocket import BUILTIN, PocketCodec, inverse_mdct, main, mdct
 from trainer.data.demo.songs import STYLE_A, STYLE_B, compose
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.errors import DataError
-from trainer.spec.model import Codec, MusicGen
+from trainer.spec.model import Codec
 
 
 @pytest.fixture(scope="module")

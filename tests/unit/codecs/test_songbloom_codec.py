@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from trainer.codecs import open_codec, songbloom
 from trainer.codecs.songbloom import CODEBOOK, VAE_CONFIG, SongBloomCodec
+from trainer.families.songbloom.spec import SongBloom
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.model import Codec, SongBloom
+from trainer.spec.model import Codec
 
 STRIDES, MULTIPLES = (2, 4, 4, 6, 10), (1, 1, 1, 1, 1)
 

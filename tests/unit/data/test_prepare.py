@@ -9,9 +9,9 @@ from trainer.codecs import open_codec
 from trainer.data.dataset import Failure, newest
 from trainer.data.prepare import Tools, prepare_songs
 from trainer.families import open_family
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.data import Prepare
 from trainer.spec.errors import DataError
-from trainer.spec.model import MusicGen
 
 MODEL = MusicGen(family="musicgen", pretrained="random:tiny")
 RATE = 16000

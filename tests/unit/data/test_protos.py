@@ -12,9 +12,9 @@ from trainer.data.prepare import Tools, prepare_songs
 from trainer.data.sources import SourceSong, open_source
 from trainer.families import open_family
 from trainer.families.fish_speech.protos import read_protos
+from trainer.families.fish_speech.spec import FishSpeech
 from trainer.spec.data import Prepare, ProtosSource
 from trainer.spec.errors import DataError
-from trainer.spec.model import FishSpeech
 
 TEXT = "さくら さくら, 野山も里も"
 GOLDEN = Path(__file__).parents[2] / "golden" / "cases" / "fish_speech" / "protos"

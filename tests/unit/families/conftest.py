@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from trainer.families import Arrays, Example, Family
+from trainer.families.base import Arrays, Example, Family
 
 
 def examples(family: Family, songs: Sequence[Arrays], *texts: Mapping[str, str]) -> list[Example]:

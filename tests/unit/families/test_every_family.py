@@ -15,11 +15,12 @@ from tests.unit.families.conftest import examples
 from trainer.adapt import apply, parameter_groups
 from trainer.codecs import open_codec
 from trainer.engine import Engine
-from trainer.families import FAMILY_NAMES, Batch, Example, Family, open_family
+from trainer.families import open_family
+from trainer.families.base import Batch, Example, Family
 from trainer.spec.errors import UtaforgeError
-from trainer.spec.families import FAMILIES, dims_of
+from trainer.spec.families import FAMILIES, Model, dims_of
 from trainer.spec.job import BatchSeconds, Prompt, Sampling, Train
-from trainer.spec.model import Full, Lora, Method, Model, Optimizer
+from trainer.spec.model import Full, Lora, Method, Optimizer
 
 TEXT = {"tags": "祭り, koto, female vocal", "lyrics": "[verse] s a k u r a . [chorus] h a n a"}
 SECONDS = 2.0
@@ -88,7 +89,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 
 def test_no_family_is_left_out() -> None:
-    assert {model(name).family for name in MODELS} == set(FAMILY_NAMES) == FAMILIES.keys()
+    assert {model(name).family for name in MODELS} == set(FAMILIES) == FAMILIES.keys()
 
 
 def test_the_size_that_is_planned_with_is_the_networks(subject: Subject) -> None:
@@ -118,7 +119,7 @@ def test_merged_weights_in_upstreams_format_compute_what_the_adapter_computes(su
 def test_a_checkpoint_of_another_family_is_refused(subject: Subject, tmp_path: Path) -> None:
     folder = tmp_path / "壊れた"
     subject.family.save(subject.family.network(), folder, {})
-    other = next(name for name in FAMILY_NAMES if name != subject.model.family)
+    other = next(name for name in FAMILIES if name != subject.model.family)
     with pytest.raises(UtaforgeError):
         open_family(model(other, f"file://{folder}")).network()
 

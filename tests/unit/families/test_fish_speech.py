@@ -12,19 +12,18 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from tests.unit.families.conftest import examples, random_codes, word_tokenizer
-from trainer.families import Example
+from trainer.families.base import Example
 from trainer.families.cross_entropy import NO_LABEL
 from trainer.families.fish_speech.adapter import from_upstream, to_upstream
 from trainer.families.fish_speech.family import FishSpeechFamily
 from trainer.families.fish_speech.generate import Sampler
 from trainer.families.fish_speech.network import FishSpeechNetwork
 from trainer.families.fish_speech.objective import example
+from trainer.families.fish_speech.spec import SPEC, FishSpeech
 from trainer.families.fish_speech.text import Bytes, Json, Ranks, clean
 from trainer.families.fish_speech.weights import BYTES, open_release
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.families import FISH_SPEECH
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import FishSpeech
 
 VERSIONS = ("1.4", "1.5")
 TEXT = "さくら さくら, 野山も里も"
@@ -256,7 +255,7 @@ def _released(folder: Path, version: str = "") -> None:
 
 
 def _adapted() -> PeftModel:
-    chosen = list(FISH_SPEECH.presets["fish-speech/r8a16"].targets)
+    chosen = list(SPEC.presets["fish-speech/r8a16"].targets)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=chosen, init_lora_weights=False)
     adapted = get_peft_model(family().network(), config)
     assert isinstance(adapted, PeftModel)

@@ -16,11 +16,13 @@ from trainer.families.heartmula.family import HeartMuLaFamily
 from trainer.families.heartmula.generate import generate, sampler
 from trainer.families.heartmula.network import HeartMuLaNetwork
 from trainer.families.heartmula.objective import song_rows
+from trainer.families.heartmula.spec import HeartMuLa
 from trainer.families.heartmula.weights import open_release
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.families import FAMILIES, lora_parameters
+from trainer.spec.families import FAMILIES
+from trainer.spec.family import lora_parameters
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import HeartMuLa, Lora
+from trainer.spec.model import Lora
 
 TEXTS = (
     ("女性ボーカル, バラード", "[Verse]\nさくら さくら"),

@@ -6,16 +6,17 @@ import torch
 from torch.nn import functional
 
 from tests.unit.families.conftest import examples, random_codes
-from trainer.families import Example, cross_entropy
+from trainer.families import cross_entropy
+from trainer.families.base import Example
 from trainer.families.cross_entropy import labelled
 from trainer.families.musicgen import objective
 from trainer.families.musicgen.family import MusicGenFamily
 from trainer.families.musicgen.generate import generate
 from trainer.families.musicgen.network import MusicGenNetwork
+from trainer.families.musicgen.spec import MusicGen
 from trainer.families.musicgen.weights import open_release
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import MusicGen
 
 TAGS = ("gentle, slow, 子守唄", "速い 祭り, bright", "")
 GREEDY = Sampling(guidance=1, top_k=1)

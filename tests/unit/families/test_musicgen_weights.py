@@ -18,9 +18,9 @@ from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderC
 
 from tests.unit.families.conftest import word_tokenizer
 from trainer.families.musicgen.family import MusicGenFamily
+from trainer.families.musicgen.spec import MusicGen
 from trainer.families.musicgen.weights import load_network, open_release, save_network
 from trainer.spec.errors import UtaforgeError
-from trainer.spec.model import MusicGen
 
 
 @pytest.fixture(scope="module")

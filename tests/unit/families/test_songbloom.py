@@ -13,17 +13,18 @@ from safetensors.torch import save_file
 from tests.unit.families.conftest import examples
 from trainer.adapt.lora import apply
 from trainer.audio.write import encode
-from trainer.families import Example
+from trainer.families.base import Example
 from trainer.families.songbloom.config import to_upstream
 from trainer.families.songbloom.family import SongBloomFamily
 from trainer.families.songbloom.generate import SeededDraws, Settings, generate
 from trainer.families.songbloom.network import SongBloom as Network
+from trainer.families.songbloom.spec import SongBloom
 from trainer.families.songbloom.text import NO_TOKEN, Vocabulary, lyric_batch
 from trainer.families.songbloom.weights import RANDOM, open_release
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.families import FAMILIES
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import Lora, SongBloom
+from trainer.spec.model import Lora
 
 LYRICS = "[verse] s a k u r a . s a k u r a , [chorus] y a y o i"
 GREEDY = Sampling(guidance=1, top_k=1)

@@ -7,10 +7,10 @@ import pytest
 from launcher.memory import Load, activations, memory, most_positions
 from launcher.plan import plan
 from launcher.profiles import GIB, find_profile
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec import Job, JobError
 from trainer.spec.cluster import Budget, Kubernetes, Local
 from trainer.spec.families import FAMILIES
-from trainer.spec.model import MusicGen
 
 Jobs = Callable[..., Job]
 

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from trainer.families.fish_speech.spec import FishSpeech
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.errors import JobError
-from trainer.spec.families import FAMILIES, dims_of, lora_parameters
-from trainer.spec.model import FishSpeech, Lora, MusicGen
+from trainer.spec.families import FAMILIES, dims_of
+from trainer.spec.family import lora_parameters
+from trainer.spec.model import Lora
 
 MEASURED = [
     ("musicgen", 1, ("q_proj", "v_proj"), 786_432),

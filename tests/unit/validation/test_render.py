@@ -12,8 +12,8 @@ import torch
 
 from trainer.codecs import open_codec
 from trainer.families import open_family
+from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.job import Prompt, ValidationSpec
-from trainer.spec.model import MusicGen
 from trainer.store import open_store
 from trainer.validation.render import render, store_audio
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.codecs import dcae
+from trainer.families.ace_step.spec import AceStep
 from trainer.families.base import Arrays, Batch, Example, Family, unwrapped
 from trainer.families.padding import padded
 from trainer.families.text_encoder import TextEncoder
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import AceStep
 
 from .adapter import export_adapter
 from .generate import Sampler, generate

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.families.fish_speech.spec import SPEC
 from trainer.spec.errors import UtaforgeError
-from trainer.spec.families import FISH_SPEECH, matches
+from trainer.spec.family import matches
 from trainer.weights import read_json
 
 UPSTREAM_SCALE = 2
@@ -97,7 +98,7 @@ def export_adapter(folder: Path, to: Path, network: nn.Module) -> None:
 
 def _matrices(network: nn.Module, rank: int) -> Iterator[tuple[str, str, tuple[int, int]]]:
     """Layer, matrix and shape of everything that upstream adapts."""
-    targets = FISH_SPEECH.presets["fish-speech/r8a16"].targets
+    targets = SPEC.presets["fish-speech/r8a16"].targets
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear | nn.Embedding) and any(matches(name, target) for target in targets):
             rows, columns = layer.weight.shape

@@ -11,11 +11,10 @@ from torch.nn import functional
 
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.cross_entropy import NO_LABEL
+from trainer.families.fish_speech.spec import SPEC, FishSpeech
 from trainer.families.sampling import draw_table
 from trainer.spec.errors import DataError
-from trainer.spec.families import FISH_SPEECH
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import FishSpeech
 
 from .adapter import export_adapter
 from .generate import Sampler, generate
@@ -35,7 +34,7 @@ class FishSpeechFamily(Autoregressive):
     """
 
     terms: Mapping[str, float] = {"base": 1.0, "semantic": 1.0}
-    frame_rate = FISH_SPEECH.frame_rate
+    frame_rate = SPEC.frame_rate
     vocabulary = CODES
 
     def __init__(self, model: FishSpeech) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from trainer.codecs.firefly import Firefly, FireflyConfig
 from trainer.families.cross_entropy import NO_LABEL
+from trainer.families.fish_speech.spec import SPEC
 from trainer.families.verify import Case
-from trainer.spec.families import FISH_SPEECH
 
 from .adapter import from_upstream, to_upstream
 from .generate import Sampler, generate
@@ -75,7 +75,7 @@ def _lora(case: Case) -> dict[str, Tensor]:
     network.load_state_dict({key: value for key, value in state.items() if ".lora_" not in key}, strict=True)
     with torch.no_grad():
         base_logits, _ = network.eval()(case.inputs["inp"], padding=case.inputs["key_padding_mask"].bool())
-    targets = list(FISH_SPEECH.presets["fish-speech/r8a16"].targets)
+    targets = list(SPEC.presets["fish-speech/r8a16"].targets)
     adapted = get_peft_model(network, LoraConfig(r=told["r"], lora_alpha=told["lora_alpha"], target_modules=targets))
     adapter = {key: value for key, value in state.items() if ".lora_" in key}
     assert not set_peft_model_state_dict(adapted, from_upstream(adapter)).unexpected_keys

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.families.fish_speech.spec import FishSpeech
 from trainer.spec.errors import UtaforgeError
-from trainer.spec.model import FishSpeech
 from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
 
 from .network import Config, FishSpeechNetwork

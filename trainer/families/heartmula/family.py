@@ -12,9 +12,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
+from trainer.families.heartmula.spec import HeartMuLa
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import HeartMuLa
 
 from .objective import contexts, song_rows
 from .text import Tokenize, open_tokenizer, prompt_rows

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.cross_entropy import NO_LABEL
+from trainer.families.musicgen.spec import MusicGen
 from trainer.families.padding import padded
 from trainer.families.text_encoder import TextEncoder
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import MusicGen
 
 from .objective import delay
 from .text import open_text_encoder

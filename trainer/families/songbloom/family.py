@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
+from trainer.families.songbloom.spec import SongBloom
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.job import Prompt, Sampling
-from trainer.spec.model import SongBloom
 from trainer.weights import local_path
 
 from .objective import draw
