@@ -56,8 +56,7 @@ ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 		--artifacts-destination $(UTAFORGE_HOME)/mlartifacts
 
 test: $(READY) ## all tests but those on Kubernetes
-	@$(BIN)/python -m pytest -m "not ray" --numprocesses 2 --dist loadfile --durations=10
-	@$(BIN)/python -m pytest -m ray --durations=15
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 test-kubernetes: $(READY) ## tests on a real Kubernetes (as root on Debian), or on that of KUBECONFIG
 	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 --durations=15

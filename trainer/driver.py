@@ -138,9 +138,21 @@ def _prepare(run: RunDirectory) -> None:
 def _trainer(run: RunDirectory) -> "TorchTrainer":
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class WithoutHelpers(TorchTrainer):
+        """Ray Train without two processes of its own, each 5 s of CPU before the first step.
+
+        One serves Ray Data, the other frees places when the driver dies, as Ray does anyway when its job ends.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            needless = DatasetsCallback, PlacementGroupCleanerCallback
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, needless)]
 
     gpus = run.plan["device"] == "cuda"
-    return TorchTrainer(
+    return WithoutHelpers(
         _rank,
         train_loop_config={"run": run.url},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=3600),

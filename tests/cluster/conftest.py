@@ -108,6 +108,7 @@ class Utaforge:
             **inherited,
             "UTAFORGE_HOME": str(self.home),
             "TMPDIR": str(temporary),
+            "RAY_worker_niceness": "0",  # else all that tests do beside it starves the ranks
             **(environment or {}),
         }
         self._commands = 0

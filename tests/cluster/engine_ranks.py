@@ -1,11 +1,6 @@
-"""One rank of ``test_engine``: trains the tiny MusicGen in every way and writes what it saw as JSON.
-
-``python engine_ranks.py FOLDER RANK WORLD CASE…``; a case is ``strategy/method/precision``, and ``@FILE`` behind it
-names a state to resume from.
-"""
+"""One rank of ``test_engine``: trains the tiny MusicGen in every way and writes what it saw as JSON."""
 
 import json
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -38,16 +33,13 @@ TRAIN = Train(
 FAMILY = open_family(MusicGen(family="musicgen", pretrained="random:tiny"))
 
 
-def main(folder: str, rank: str, world: str, *cases: str) -> None:
-    torch.set_num_threads(1)
+def main(folder: Path, cases: list[str]) -> None:
+    """Train by every case: ``strategy/method/precision``, and behind an ``@`` a state in ``folder`` to go on from."""
     engine_module.WHOLE_BELOW = 0  # else ZeRO-3 would leave this tiny network whole
-    store = f"file://{folder}/rendezvous-{world}"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=120)
-    )
-    seen = {case: run(case, Path(folder)) for case in cases}
-    if rank == "0":
-        (Path(folder) / f"seen-{world}.json").write_text(json.dumps(seen))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    seen = {case: run(case, folder) for case in cases}
+    if dist.get_rank() == 0:
+        (folder / f"seen-{dist.get_world_size()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
 
@@ -118,7 +110,3 @@ def batch(step: int, index: int) -> Batch:
         for i, (song, condition) in enumerate(zip(songs, conditions, strict=True))
     ]
     return FAMILY.collate(examples, training=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

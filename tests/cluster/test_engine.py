@@ -1,16 +1,14 @@
 """The engine's numbers depend neither on strategy nor on world size nor on restarts (real gloo ranks and DeepSpeed)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-RANKS = Path(__file__).parent / "engine_ranks.py"
-ROOT = Path(__file__).parents[2]
+from tests.cluster.engine_ranks import main
+from tests.cluster.ranks import Ranks
+
 STRATEGIES = ("ddp", "zero2", "zero3")
 METHODS = ("lora", "full")
 CLOSE = 1e-5
@@ -43,20 +41,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
 
 
 def ranks(folder: Path, world: int, cases: list[str]) -> dict[str, Any]:
-    cache = os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".utaforge" / "cache" / "torch_extensions"))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": cache, "PYTHONPATH": str(ROOT)}
-    logs = [folder / f"rank-{rank}-of-{world}.log" for rank in range(world)]
-    started = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(RANKS), str(folder), str(rank), str(world), *cases]
-        with log.open("wb") as output:
-            started.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=400) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    Ranks(world, folder, main, folder, cases).end()
     return json.loads((folder / f"seen-{world}.json").read_text())
 
 

@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,10 @@ import pytest
 from launcher.backends.local import LocalBackend
 from launcher.backends.ray_jobs import RayJobs
 from launcher.runs import create_or_resume
+from tests.cluster.conftest import eventually
 from trainer.spec import load_job
 from trainer.spec.errors import ClusterError
 
-pytestmark = pytest.mark.ray
 JOB = """\
 name: demo
 store: {store}
@@ -139,7 +139,7 @@ def test_only_the_token_opens_the_cluster_and_only_on_the_loopback(cluster: tupl
     assert backend.token_file.stat().st_mode & 0o077 == 0
     with pytest.raises(ClusterError, match="refused: 40"):
         RayJobs(jobs.address).submit("intruder", ["true"])
-    inodes = {str(link.readlink()) for pid in cluster_pids(backend.token_file.parent) for link in links(pid)}
+    inodes = {target for pid in cluster_pids(backend.token_file.parent) for target in links(pid)}
     addresses = {address for address, inode in listeners() if f"socket:[{inode}]" in inodes}
     assert addresses <= {LOOPBACK, f"0000000000000000FFFF0000{LOOPBACK}"}
     assert LOOPBACK in addresses
@@ -160,11 +160,14 @@ def environ(entry: Path) -> bytes:
         return b""
 
 
-def links(pid: Path) -> list[Path]:
-    try:
-        return [link for link in (pid / "fd").iterdir() if link.is_symlink()]
-    except OSError:
-        return []
+def links(pid: Path) -> list[str]:
+    """What the process has open."""
+    found: list[str] = []
+    with suppress(OSError):
+        for link in (pid / "fd").iterdir():
+            with suppress(OSError):
+                found.append(str(link.readlink()))
+    return found
 
 
 def listeners() -> list[tuple[str, str]]:
@@ -192,23 +195,21 @@ def test_close_leaves_no_process_and_no_folder(cluster: tuple[LocalBackend, RayJ
 
 def test_killing_the_launcher_ends_its_cluster() -> None:
     program = (
+        "import threading\n"
         "from launcher.backends.local import LocalBackend\n"
         "backend = LocalBackend(ranks=1)\n"
-        "backend.start(lambda line: None)\n"
+        "threading.Thread(target=backend.start, args=(lambda line: None,)).start()\n"
+        "while not backend.token_file: pass\n"
         "print(backend.token_file.parent, flush=True)\n"
-        "import signal; signal.pause()\n"
     )
     launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None
     folder = Path(launcher.stdout.readline().strip())
     assert folder.is_dir()
-    assert processes_of(folder)
+    eventually(lambda: any("gcs_server" in process for process in processes_of(folder)), 60)
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    deadline = time.monotonic() + 15
-    while processes_of(folder) and time.monotonic() < deadline:
-        os.sched_yield()
-    assert processes_of(folder) == []
+    eventually(lambda: processes_of(folder) == [], 15)
     assert not folder.exists()
 
 

@@ -21,8 +21,10 @@ def test_outputs_are_upstreams(folder: Path) -> None:
     assert not bad
 
 
-def test_the_command_passes_every_shared_case(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_passes_every_shared_case_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
     if not SHARED.is_dir() and "CI" not in os.environ:
         pytest.skip("../shared/golden is not beside this clone")
-    status = main([str(SHARED)])
-    assert status == 0, capfd.readouterr().out
+    status = main([str(case) for case in _cases(SHARED) if not (HERE / case.relative_to(SHARED)).is_dir()])
+    said = capfd.readouterr().out
+    assert status == 0, said
+    assert "outputs are upstream's" in said
