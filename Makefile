@@ -14,6 +14,8 @@ BASE ?= debian:bookworm-slim
 IMAGES := $(if $(REGISTRY),$(REGISTRY)/)$(IMAGE)
 COMPOSE := docker compose --file docker/compose.yaml
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10
+
 export UTAFORGE_HOME ?= $(HOME_DIR)
 export TORCH_EXTENSIONS_DIR ?= $(HOME_DIR)/cache/torch_extensions
 
@@ -56,7 +58,8 @@ ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 		--artifacts-destination $(UTAFORGE_HOME)/mlartifacts
 
 test: $(READY) ## all tests but those on Kubernetes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15
+	@$(PYTEST) -m "not ray"
+	@$(PYTEST) -m ray
 
 test-kubernetes: $(READY) ## tests on a real Kubernetes (as root on Debian), or on that of KUBECONFIG
 	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 --durations=15

@@ -418,7 +418,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "create it, or correct the bucket's name or AWS_ENDPOINT_URL",
     ),
     (
-        r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|TokenRefreshRequired|Unauthenticated|401 ",
+        r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|TokenRefreshRequired|Unauthenticated"
+        r"|401 Unauthorized",
         "the credentials are wrong or have expired",
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (gs: GOOGLE_APPLICATION_CREDENTIALS) to valid ones",
     ),

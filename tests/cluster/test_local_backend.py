@@ -17,6 +17,7 @@ from tests.cluster.conftest import eventually
 from trainer.spec import load_job
 from trainer.spec.errors import ClusterError
 
+pytestmark = pytest.mark.ray
 JOB = """\
 name: demo
 store: {store}

@@ -10,9 +10,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from launcher.plan import plan
+from launcher.runs import create_or_resume
 from tests.cluster.conftest import Said, Utaforge
+from tests.cluster.ranks import Ranks, rank_of
+from trainer.data.prepare import prepare
+from trainer.spec import load_job
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 JOB = """\
 name: sakura
 store: {store}
@@ -76,12 +81,6 @@ class Story:
         """A JSON file of a run."""
         return json.loads(self.file(run, path).read_text(encoding="utf-8"))
 
-    def unjudged(self, run: str) -> None:
-        """Take back the verdict on a run, as if the retraining had been cut off before it."""
-        for page in sorted(self.store.glob("champions/sakura/*.json"))[1:]:
-            page.unlink()
-        self.file(run, "verdict.json").unlink()
-
 
 @pytest.fixture(scope="module")
 def story(utaforge: Utaforge) -> Story:
@@ -94,6 +93,11 @@ def story(utaforge: Utaforge) -> Story:
     prepared = utaforge("prepare", str(job), *options, "--set", "retrain=null", "--set", "data.prepare.source.songs=3")
     assert prepared.code == 0, prepared.text
 
+    first = load_job(str(job))
+    prepare(first)
+    run = create_or_resume(first, plan(first).as_json()).run
+    run.store.put("retrain.json", b'{"champion": 0, "by": null}')
+    Ranks(1, utaforge.folder, rank_of, run.url, UTAFORGE_HOME=str(utaforge.home)).end()
     story.retrain("first")
     story.retrain("nothing new")
     at_work = utaforge.start("retrain", str(job), *MORE_SONGS)
@@ -113,10 +117,10 @@ def story(utaforge: Utaforge) -> Story:
     return story
 
 
-def test_the_first_run_begins_without_a_champion_and_becomes_it(story: Story) -> None:
+def test_a_run_that_was_cut_off_before_its_verdict_is_judged_and_the_first_becomes_the_champion(story: Story) -> None:
     said = story.said["first"]
     assert said.code == 0, said.text
-    assert "run sakura: new; there is no champion yet" in said.text
+    assert "run sakura was cut off before its verdict: judging it now" in said.text
     assert "run sakura is promoted" in said.text
     assert story.champions["first"] == story.aliases["first"] == "sakura"
     assert story.read("sakura", "job.json")["method"]["init"] is None
@@ -183,16 +187,10 @@ def test_without_mlflow_the_stores_word_stands_and_sync_tells_it_later(story: St
     assert story.aliases["MLflow is back"] == "sakura-2"
 
 
-def test_a_run_that_was_cut_off_before_its_verdict_is_judged_by_the_next_retraining(story: Story) -> None:
-    story.unjudged("sakura-2")
-    said = story.retrain("cut off")
-    assert said.code == 0, said.text
-    assert "run sakura-2 was cut off before its verdict: judging it now" in said.text
-    assert story.champion() == "sakura-2"
-
-
 def test_what_is_worse_is_rejected_with_a_report(story: Story) -> None:
-    story.unjudged("sakura-2")
+    for page in sorted(story.store.glob("champions/sakura/*.json"))[1:]:
+        page.unlink()
+    story.file("sakura-2", "verdict.json").unlink()
     worse = story.read("sakura-2", "result.json") | {"loss_after": 9.9}
     story.file("sakura-2", "result.json").write_text(json.dumps(worse), encoding="utf-8")
     said = story.retrain("worse")

@@ -135,7 +135,7 @@ def test_a_refusal_is_told_with_its_cause_and_without_the_key(environment, monke
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{refusing.server_port}")
         with pytest.raises(StoreError, match=message) as caught:
-            open_store(f"s3://{bucket}/歌").check_writable()
+            open_store(f"s3://{bucket}/歌 401 曲").check_writable()
         refusing.shutdown()
     assert "AKIDEXAMPLE" not in str(caught.value)
     assert caught.value.__cause__ is None
