@@ -20,9 +20,10 @@ from typing import Any
 
 from launcher.backends.base import Say
 from launcher.backends.local import LocalBackend
+from launcher.differences import changes
 from launcher.plan import Plan
 from launcher.plan import plan as make_plan
-from launcher.runs import Run, changes, create_or_resume
+from launcher.runs import Run, create_or_resume
 from launcher.submit import Interrupted, environment, home, see_through
 from trainer.spec import ClusterError, Job, JobError, dump_job, job_from_json
 from trainer.spec.availability import unavailable

@@ -19,8 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from launcher.backends.base import Say
+from launcher.differences import differences
 from launcher.plan import plan
-from launcher.runs import Busy, Run, create_or_resume, differences, find_run, free_name, runs_of, runs_of_job
+from launcher.runs import Busy, Run, create_or_resume, find_run, free_name, runs_of, runs_of_job
 from launcher.submit import submit
 from trainer.spec import DataError, Job, JobError, UtaforgeError, dump_job
 from trainer.spec.data import ValidationSet

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from launcher.backends.base import Backend, Jobs, JobStatus
 from launcher.backends.ray_jobs import RayJobs
+from launcher.differences import differences
 from trainer.spec import Job, dump_job, job_from_json
 from trainer.spec.errors import ClusterError, JobError, StoreError, UtaforgeError
 from trainer.store import Entry, Store, open_store
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from launcher.backends.kubernetes import KubernetesJobs
 
 State = Literal["finished", "running", "failed", "stopped"]
-MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"), ("retrain",))
-"""What a run may change when it is continued: nothing that is learnt depends on it."""
 ANSWER_SECONDS = 3.0
 """How long a cluster is waited for when only its state is wanted."""
 STOP_SECONDS = 60.0
@@ -484,34 +483,6 @@ def _going_on(run: Run) -> str:
     return (
         f"run {run.name}: continues at step {step}" if step else f"run {run.name}: starts again, it had no checkpoint"
     )
-
-
-def differences(old: Job, new: Job) -> list[str]:
-    """The changes that decide what is learnt."""
-    return list(changes(old, new, MAY_DIFFER))
-
-
-def changes(old: Job, new: Job, without: Sequence[tuple[str, ...]] = ()) -> Iterator[str]:
-    """``path: old → new`` for every field that differs, but those below a path of ``without``."""
-    before, after = (dict(_flat(json.loads(dump_job(job)))) for job in (old, new))
-    for path in before | after:
-        if before.get(path) != after.get(path) and not any(path[: len(free)] == free for free in without):
-            yield f"{'.'.join(path)}: {_shown(before.get(path))} → {_shown(after.get(path))}"
-
-
-def _flat(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    if isinstance(value, dict) and value:
-        for key, inner in cast("dict[str, object]", value).items():
-            yield from _flat(inner, (*path, key))
-    elif isinstance(value, list) and value:
-        for index, inner in enumerate(cast("list[object]", value)):
-            yield from _flat(inner, (*path, str(index)))
-    else:
-        yield path, value
-
-
-def _shown(value: object) -> str:
-    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _other_job(name: str, differing: list[str]) -> JobError:

@@ -10,6 +10,7 @@ from .family import Dims, FamilySpec, Preset
 from .model import BaseModelSpec
 
 ROOMS = ("musicgen", "songbloom", "heartmula", "ace_step", "fish_speech")
+"""Below ``trainer.families``; a family is added by its folder there and its name here."""
 FAMILIES: Mapping[str, FamilySpec] = {
     name: cast("FamilySpec", import_module(f"trainer.families.{name}.spec").SPEC) for name in ROOMS
 }

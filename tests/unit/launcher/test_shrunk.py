@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.differences import changes
 from launcher.rehearse import SONGS, rehearse, shrunk
-from launcher.runs import changes
 from trainer.spec import Job, JobError, load_job
 
 JOB = """\
