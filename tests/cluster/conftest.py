@@ -17,7 +17,13 @@ import pytest
 
 COMMAND = Path(sys.executable).with_name("utaforge")
 COMPILED = Path(__file__).parents[2] / ".utaforge" / "cache" / "torch_extensions"
+LONGEST = ["test_rehearse", "test_retrain", "test_resume"]
 T = TypeVar("T")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that of two at work neither ends long before the other."""
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
 
 
 def eventually(condition: Callable[[], T], seconds: float = 240.0) -> T:

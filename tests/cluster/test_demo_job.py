@@ -25,8 +25,8 @@ from trainer.spec.data import HeldOut
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
-STEPS = 120
-"""Half of those that people see: enough to close half of the gap."""
+STEPS = 60
+"""A quarter of those that people see: enough to close half of the gap."""
 CARD = ROOT / "trainer" / "builtin" / "pocket" / "card.json"
 
 
