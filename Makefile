@@ -59,7 +59,7 @@ ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 
 test: $(READY) ## all tests but those on Kubernetes
 	@$(PYTEST) -m "not ray"
-	@$(PYTEST) -m ray
+	@$(PYTEST) -m ray tests/cluster
 
 test-kubernetes: $(READY) ## tests on a real Kubernetes (as root on Debian), or on that of KUBECONFIG
 	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 --durations=15
