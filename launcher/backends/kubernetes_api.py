@@ -39,6 +39,11 @@ class Refused(ClusterError):
         super().__init__(problem, cure)
         self.code = code
 
+    @property
+    def passing(self) -> bool:
+        """Whether it may answer otherwise in a moment: it is overloaded, or has not counted for a new quota yet."""
+        return self.code in _PASSING or "status unknown for quota" in self.problem
+
 
 class Api:
     """One API server, by kubeconfig or from inside its cluster.
@@ -104,7 +109,7 @@ class Api:
             try:
                 return self._once(method, path, query, body)
             except Refused as refused:
-                if refused.code not in _PASSING or time.monotonic() - begun > self._patience:
+                if not refused.passing or time.monotonic() - begun > self._patience:
                     raise
                 failure = refused.problem
             except ClusterError as unreachable:

@@ -125,6 +125,12 @@ def test_an_overloaded_server_and_a_broken_connection_are_asked_again_unseen(ser
     assert len(server.asked) == 4
 
 
+def test_a_quota_that_is_not_counted_yet_is_waited_for(server: Server, api: Api) -> None:
+    unknown = 'rayjobs.ray.io "uta-1" is forbidden: status unknown for quota: 歌, resources: count/rayjobs.ray.io'
+    server.answers[RAYJOBS] = [(403, {"message": unknown}), (201, {"made": "歌"})]
+    assert api.create(RAYJOBS, {"a": 1}) == {"made": "歌"}
+
+
 def test_what_is_there_already_is_none_and_what_is_gone_need_not_be_deleted(server: Server, api: Api) -> None:
     server.answers[RAYJOBS] = [(409, {"message": 'rayjobs.ray.io "uta-1" already exists'})]
     assert api.create(RAYJOBS, {}) is None
