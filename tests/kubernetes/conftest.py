@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 
@@ -12,7 +13,25 @@ from tests.kubernetes.cluster.install import obstacles
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import TAG, Images
 from tests.kubernetes.place import Place, a_place
+from tests.kubernetes.schedule import Schedule, a_schedule
 from tests.kubernetes.team import Team, a_team
+
+ORDER = ["test_cluster", "test_manifests", "test_images", "test_services", "test_mlflow", "test_placement", "test_why",
+         "test_submit", "test_songbloom", "test_retraining", "test_story"]  # fmt: skip
+BESIDE_RETRAINING = "test_why"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Pods go to simulated nodes while there are such, and nothing but the story stands it that programs are killed.
+
+    Between the two, a CronJob retrains beside everything else.
+    """
+    items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
+    stems = [item.path.stem for item in items]
+    if {BESIDE_RETRAINING, "test_retraining"} <= set(stems):
+        first = items[stems.index(BESIDE_RETRAINING)]
+        assert isinstance(first, pytest.Function)
+        first.fixturenames.append("retraining")
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +84,10 @@ def place(team: Team, images: Images, tmp_path_factory: pytest.TempPathFactory) 
     """Where the team's runs are submitted to."""
     with a_place(team, images.name("trainer"), tmp_path_factory.mktemp("uta")) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def retraining(place: Place, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Schedule]]:
+    """What a CronJob does, once it has done all."""
+    with a_schedule(place, images.name("launcher"), tmp_path_factory.mktemp("毎週")) as told:
+        yield told

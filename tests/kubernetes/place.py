@@ -5,18 +5,20 @@ Pods run the image of the last commit, with this checkout's trainer laid over it
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.runs import Run, find_run
+from launcher.plan import plan
+from launcher.runs import Run, create_or_resume, find_run
 from tests.cluster.conftest import Started, Utaforge
+from tests.cluster.ranks import Ranks, rank_of
 from tests.kubernetes.images import ROOT
 from tests.kubernetes.team import Team
-from trainer.spec import StoreError
+from trainer.spec import StoreError, load_job
 
 STEPS, COMMIT_EVERY = 30, 5
 JOB = """\
@@ -44,7 +46,7 @@ cluster:
   secrets: [utaforge-store, utaforge-mlflow]
 """
 LONG_STEPS = 150
-LONG = ("--set", f"train.steps={LONG_STEPS}", "--set", f"validation.every={LONG_STEPS}")
+LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}")
 """Enough steps for something to happen meanwhile."""
 MOST_SECONDS = 1500
 """Of one run: images are pulled, and a cluster may be lost."""
@@ -90,18 +92,28 @@ class Place:
         path.write_text(text, encoding="utf-8")
         return str(path)
 
-    def submit(self, name: str, *more: str) -> Started:
+    def submit(self, name: str, *overrides: str) -> Started:
         """Submit it; returns at once."""
-        return self.utaforge.start("submit", self.job(name), "--yes", *more)
+        return self.utaforge.start("submit", self.job(name), "--yes", *as_options(overrides))
 
-    def here(self, name: str, *more: str) -> Run:
+    def follow(self, name: str) -> Started:
+        """Its log, as it grows."""
+        return self.utaforge.start("logs", "-f", name, "--store", self.store)
+
+    def here(self, name: str) -> Run:
         """The same job on this machine, seen through to its end: on the same songs, with as many threads as a pod."""
         store = f"file://{self.utaforge.folder}/{name}"
         elsewhere = (f"store={store}", "cluster={backend: local, workers: 2}", "tracking.mlflow=null")
-        overrides = [part for override in elsewhere for part in ("--set", override)]
-        said = self.local("submit", self.job(name), "--yes", *overrides, *more)
+        said = self.local("submit", self.job(name), "--yes", *as_options(elsewhere))
         assert said.code == 0, said.text
         return find_run(store, name)
+
+    def uninterrupted(self, name: str, *overrides: str) -> Run:
+        """The same job on the same songs, trained to its end by two ranks without Ray."""
+        job = load_job(self.job(name), (f"store=file://{self.utaforge.folder}/{name}", *overrides))
+        run = create_or_resume(job, plan(job, self.utaforge.folder).as_json()).run
+        Ranks(2, self.utaforge.folder, rank_of, run.url, UTAFORGE_HOME=str(self.local.home)).end()
+        return run
 
     def cancel(self, name: str) -> None:
         """Cancel its newest run; it has to succeed."""
@@ -145,14 +157,19 @@ def a_place(team: Team, image: str, folder: Path) -> Iterator[Place]:
     canary = json.dumps({"stringData": {"UTAFORGE_CANARY": place.canary}})
     team.namespace.kubectl("patch", "secret", "utaforge-store", "-p", canary)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in team.store_keys.items():
-            patch.setenv(name, value)  # for this process's own look into the store
+        for name, value in {**team.store_keys, "KUBECONFIG": place.utaforge.environment["KUBECONFIG"]}.items():
+            patch.setenv(name, value)  # for this process's own look into store and cluster
         try:
             yield place
         finally:
             team.namespace.kubectl("delete", "rayjobs", "--all", "--wait=false")
             for command in (place.utaforge, place.local):
                 command.end_everything()
+
+
+def as_options(overrides: Iterable[str]) -> list[str]:
+    """``--set`` before each."""
+    return [part for override in overrides for part in ("--set", override)]
 
 
 def kubeconfig_of(team: Team, account: str, folder: Path) -> Path:

@@ -1,11 +1,16 @@
 """Runs that are sent to a real cluster without looking whether they can go well."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.backends import open_backend
 from launcher.plan import plan
 from launcher.runs import Run, create_or_resume
-from trainer.spec import load_job
+from launcher.snapshot import gather
+from launcher.why import Cause, diagnose
+from tests.kubernetes.cluster.access import eventually
+from trainer.spec import Job, load_job
 
 JOB = """\
 name: {name}
@@ -28,10 +33,24 @@ cluster:
   secrets: [utaforge-store]
 """
 TINY = "cores: 0.05\nram_gib: 2.5\ndisk_gib: 4\n"
+GPU_NODES = """\
+gpu: T4
+gpus: 1
+gpu_gib: 14.6
+tflops: 65
+cores: 0.05
+ram_gib: 2.5
+disk_gib: 4
+nodes:
+  - labels: {LABELS}
+"""
+"""A profile for small pods on nodes with some labels."""
+GONE_SECONDS = 300.0
+"""A pod that waits for its head to come up does not hear that it is to end, and is killed after its two minutes."""
 
 
 class Situations:
-    """Sends runs of a small job, from a folder with a profile for small pods.
+    """Sends runs of a small job, from a folder with a profile for small pods; they can be awaited and ended.
 
     Args:
         folder: an empty one.
@@ -50,14 +69,34 @@ class Situations:
         """Put a profile beside the job."""
         (self._folder / "profiles" / f"{name}.yaml").write_text(text)
 
-    def send(self, name: str, *overrides: str) -> Run:
-        """Submit a run called ``name``; returns once the cluster has accepted it."""
+    def job(self, name: str, *overrides: str) -> Job:
+        """The job of a run called ``name``."""
         self._job.write_text(JOB.format(name=name, **self._fields), encoding="utf-8")
-        job = load_job(self._job, overrides)
+        return load_job(self._job, overrides)
+
+    @contextmanager
+    def sent(self, name: str, *overrides: str) -> Iterator[Run]:
+        """A run called ``name`` that the cluster has accepted; afterwards it is cancelled."""
+        job = self.job(name, *overrides)
         planned = plan(job, self._folder)
         run = create_or_resume(job, planned.as_json()).run
         with open_backend(job, planned, {}) as backend:
             jobs = backend.start(print)
             attempt = run.begin_attempt(backend, jobs)
             jobs.submit(attempt.submission, [backend.python, "-m", "trainer.driver", run.url])
-        return run
+        try:
+            yield run
+        finally:
+            if run.at_work():
+                run.cancel()
+
+
+def cause_of(run: Run, expected: str, seconds: float = 120.0) -> Cause:
+    """The likeliest cause, once it says ``expected``; fails if it does not within ``seconds``."""
+
+    def found() -> Cause | None:
+        return next((cause for cause in diagnose(gather(run))[:1] if expected in cause.what), None)
+
+    cause = eventually(found, seconds)
+    assert cause is not None
+    return cause

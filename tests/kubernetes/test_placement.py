@@ -4,12 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.down import remains, take_down
 from launcher.runs import Run
 from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.gpus import NODES, simulated_nodes
 from tests.kubernetes.place import Place
-from tests.kubernetes.situations import Situations
+from tests.kubernetes.situations import GPU_NODES, Situations, cause_of
 
 pytestmark = pytest.mark.timeout(600)
 WHERE = {
@@ -31,10 +30,8 @@ def nodes(cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def situations(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Situations]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBECONFIG", place.utaforge.environment["KUBECONFIG"])
-        yield Situations(tmp_path_factory.mktemp("jobs"), place.store, place.namespace, place.image)
+def situations(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Situations:
+    return Situations(tmp_path_factory.mktemp("jobs"), place.store, place.namespace, place.image)
 
 
 @pytest.mark.parametrize("kind", WHERE)
@@ -43,26 +40,26 @@ def test_the_workers_of_a_profile_go_to_its_nodes_and_nothing_else_does(
 ) -> None:
     node, workers, spot = WHERE[kind]
     profile = f"cluster.profile={kind.removesuffix('-spot')}"
-    run = situations.send(f"on-{kind}", profile, f"cluster.workers={workers}", f"cluster.spot={spot}".lower())
-    try:
+    where = (profile, f"cluster.workers={workers}", f"cluster.spot={spot}".lower())
+    with situations.sent(f"on-{kind}", *where) as run:
         assert eventually(lambda: _nodes(place, run, "worker")) == {node}
         assert not eventually(lambda: _nodes(place, run, "head")) & NODES.keys()
-    finally:
-        take_down(remains([run]), print)
 
 
 def test_without_gpus_no_pod_goes_where_gpus_are(place: Place, nodes: None, situations: Situations) -> None:
-    run = situations.send("on-cpu", "cluster.profile=cpu", "cluster.workers=2")
-    try:
+    with situations.sent("on-cpu", "cluster.profile=cpu", "cluster.workers=2") as run:
         for kind in ("head", "worker"):
             assert not eventually(lambda kind=kind: _nodes(place, run, kind)) & NODES.keys()
-    finally:
-        take_down(remains([run]), print)
+
+
+def test_a_taint_that_nobody_tolerates_is_told(nodes: None, situations: Situations) -> None:
+    situations.profile("tainted", GPU_NODES.replace("LABELS", "cloud.google.com/gke-accelerator: nvidia-tesla-t4"))
+    with situations.sent("taint", "cluster.profile=tainted") as run:
+        assert "tolerations" in cause_of(run, "taints that it does not tolerate").cure
 
 
 def test_a_job_too_large_is_told_before_anything_is_sent(place: Place, nodes: None) -> None:
-    larger = ("cluster.profile=t4x4", "cluster.workers=8")
-    said = place.submit("large", *(part for override in larger for part in ("--set", override))).end()
+    said = place.submit("large", "cluster.profile=t4x4", "cluster.workers=8").end()
     assert said.code == 5, said.text
     assert "the 1 nodes fit for it have room for 1 of 2 workers with " in said.text
     assert place.objects("rayjobs", "large") == []

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tests.kubernetes.images import ROOT
-from tests.kubernetes.place import MOST_SECONDS, Place
+from tests.kubernetes.place import MOST_SECONDS, Place, as_options
 
 pytestmark = pytest.mark.timeout(1800)
 JOB = str(ROOT / "jobs" / "songbloom_ja.yaml")
@@ -23,7 +23,7 @@ def test_the_api_server_accepts_what_a_dry_run_prints(place: Place) -> None:
     assert all(answer.endswith("serverside-applied (server dry run)") for answer in answers)
 
 
-def test_with_tiny_weights_it_trains_and_survives_a_reclaimed_worker(place: Place) -> None:
+def test_with_tiny_weights_it_trains_without_a_laptop_and_survives_a_reclaimed_worker(place: Place) -> None:
     overrides = (
         f"store={place.store}",
         "model.pretrained=random:tiny",
@@ -49,11 +49,15 @@ def test_with_tiny_weights_it_trains_and_survives_a_reclaimed_worker(place: Plac
     )
     (place.utaforge.folder / "profiles" / "roomy.yaml").write_text(ROOMY)
     (place.utaforge.folder / f"{NAME}.yaml").write_text((ROOT / JOB).read_text(encoding="utf-8"), encoding="utf-8")
-    options = [part for override in overrides for part in ("--set", override)]
-    started = place.utaforge.start("submit", f"{NAME}.yaml", "--yes", *options)
-    started.until(lambda: place.committed(NAME))
+    started = place.utaforge.start("submit", f"{NAME}.yaml", "--yes", *as_options(overrides))
+    started.until(lambda: "step 1/" in started.text)
+    left = started.interrupt()
+    assert left.code == 130
+    assert f"run {NAME} goes on without you" in left.text
+    followed = place.follow(NAME)
+    followed.until(lambda: place.committed(NAME))
     place.take_away(place.pods(NAME, "worker")[0])
-    said = started.end(MOST_SECONDS)
+    said = followed.end(MOST_SECONDS)
     assert said.code == 0, said.text
     assert "going on from step" in said.text
     assert place.run(NAME).result is not None

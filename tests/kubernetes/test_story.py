@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import Started
 from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.place import LONG, MOST_SECONDS, Place
 from tests.kubernetes.same import same_bits
+from tests.kubernetes.situations import cause_of
 
 pytestmark = pytest.mark.timeout(3600)
 NAME = "sakura"
@@ -27,7 +27,7 @@ class Story:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.submission: Started = place.submit(NAME, *LONG)
+        self.submission = place.submit(NAME, *LONG)
         self.learns()
 
     @property
@@ -47,10 +47,11 @@ class Story:
 
 
 @contextmanager
-def without(program: str) -> Iterator[None]:
-    """``kill -9`` of one of the cluster's programs; afterwards it is started again."""
+def without(*programs: str) -> Iterator[None]:
+    """``kill -9`` of some of the cluster's programs; afterwards they are started again."""
     layout = Layout.of_environment()
-    kill(layout, program)
+    for program in programs:
+        kill(layout, program)
     try:
         yield
     finally:
@@ -66,6 +67,7 @@ def story(place: Place, cluster: Cluster) -> str:
 
     before = told.resumed
     place.take_away(place.pods(NAME, "worker")[0])
+    assert "-worker-" in cause_of(place.run(NAME), "a worker was taken away").evidence
     told.goes_on(before)
 
     before = told.resumed
@@ -73,20 +75,16 @@ def story(place: Place, cluster: Cluster) -> str:
     namespace.kubectl("exec", worker, "--", "python", "-c", EAT, check=False)
     told.goes_on(before)
 
-    for program in ("ray-operator", "kube-apiserver"):
-        with without(program):
-            told.learns()
-
     namespace.kubectl("scale", "deployment/mlflow", "--replicas=0")
+    namespace.kubectl("wait", "--for=delete", "pod", "--selector=app.kubernetes.io/name=mlflow")
+    with without("ray-operator", "kube-apiserver", "versitygw"):
+        time.sleep(OUTAGE_SECONDS)
     told.learns()
     namespace.kubectl("scale", "deployment/mlflow", "--replicas=1")
 
-    with without("versitygw"):
-        time.sleep(OUTAGE_SECONDS)
-    told.learns()
-
     before = told.resumed
     place.take_away(place.pods(NAME, "head")[0])
+    assert "KubeRay makes the next one" in cause_of(place.run(NAME), "clusters were lost").cure
     told.goes_on(before)
 
     said = told.submission.end(MOST_SECONDS)
@@ -95,7 +93,7 @@ def story(place: Place, cluster: Cluster) -> str:
 
 
 def test_it_ends_as_the_run_to_which_nothing_happened(place: Place, story: str) -> None:
-    same_bits(place.run(NAME), place.here(NAME, *LONG))
+    same_bits(place.run(NAME), place.uninterrupted(NAME, *LONG))
 
 
 def test_one_cluster_was_lost_with_its_head_and_none_besides(place: Place, story: str) -> None:
