@@ -95,7 +95,7 @@ def _containerd(layout: Layout) -> Program:
     state = layout.state
     config = f"""
         version = 2
-        root = "{state}/containerd"
+        root = "{layout.images}/containerd"
         state = "{state}/containerd-state"
         [grpc]
           address = "{layout.containerd}"

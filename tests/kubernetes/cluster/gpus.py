@@ -74,5 +74,9 @@ def _node(name: str, gpus: int, taint: str, labels: dict[str, str]) -> dict[str,
         "kind": "Node",
         "metadata": {"name": name, "annotations": {"kwok.x-k8s.io/node": "fake"}, "labels": own | labels},
         "spec": {"taints": [{"key": key, "value": value, "effect": "NoSchedule"} for key, value in taints.items()]},
-        "status": {"capacity": resources, "allocatable": resources},
+        "status": {
+            "capacity": resources,
+            "allocatable": resources,
+            "conditions": [{"type": "Ready", "status": "True", "reason": "Simulated"}],  # kwok says it 20 s later
+        },
     }

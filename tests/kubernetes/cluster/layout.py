@@ -97,7 +97,7 @@ class Layout:
 
     @property
     def images(self) -> Path:
-        """Docker's layers and the registry's: stay for the next cluster, since they take minutes to make."""
+        """Of Docker, the registry and the node: stay for the next cluster, since they take minutes to make and to pull."""
         return self.folder / "images"
 
     @property
