@@ -237,6 +237,8 @@ def logs(run_name: str, follow: bool, store_url: str | None, job_path: str | Non
         for line in live:
             if (shown := readable(line)) is not None:
                 click.echo(shown)
+        end = found.status()
+        click.echo(f"run {found.name} is {end}{f': {end.problem}' if end.problem else ''}", err=True)
         return
     stored = found.stored_logs()
     for name, text in stored.items():

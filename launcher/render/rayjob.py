@@ -156,7 +156,7 @@ class _Pods:
         small = {"cores": 2.0, "ram_gib": 8.0, "disk_gib": 20}
         size = small if machine.gpu else {name: getattr(machine, name) for name in small}
         container = self._container("ray-head", size["cores"], size["ram_gib"], {})
-        container["env"] = _env(self._environment())
+        container |= {"env": _env(self._environment()), "readinessProbe": _READY}
         return self._template(container, size["disk_gib"], size["ram_gib"], _off_spot(machine), annotations=_KEEP)
 
     def worker(self) -> Manifest:
@@ -167,7 +167,7 @@ class _Pods:
         container = self._container("ray-worker", self.cores, ram, devices)
         threads = {"OMP_NUM_THREADS": str(max(1, int(self.cores / self._ranks)))}
         drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_SECONDS)}
-        container["env"] = _env(self._environment() | threads | drain)
+        container |= {"env": _env(self._environment() | threads | drain), "readinessProbe": _READY}
         template = self._template(container, disk, ram, _nodes(machine, self._cluster.spot))
         template["spec"] |= {
             "terminationGracePeriodSeconds": GRACE_SECONDS,
@@ -252,6 +252,14 @@ class _Pods:
         }
 
 
+_READY = {
+    "httpGet": {"path": "/api/healthz", "port": 52365},
+    "periodSeconds": 1,
+    "timeoutSeconds": 5,
+    "failureThreshold": 30,
+}
+"""What KubeRay asks of Ray's agent too (``initLivenessAndReadinessProbe`` in its ``common/pod.go``, v1.6.2), but only
+10 s after the start and then every 5 s; it hands the program over once all pods are ready."""
 _KEEP = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 """Autoscalers may not tidy the head away; the whole cluster would go with it."""
 

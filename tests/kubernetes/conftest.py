@@ -3,10 +3,11 @@
 import os
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from tests.cluster.conftest import Said
 from tests.kubernetes.cluster.access import RAY_CRD, Cluster
 from tests.kubernetes.cluster.control import environment, up
 from tests.kubernetes.cluster.install import obstacles
@@ -14,24 +15,27 @@ from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import TAG, Images
 from tests.kubernetes.place import Place, a_place
 from tests.kubernetes.schedule import Schedule, a_schedule
+from tests.kubernetes.songbloom import left_and_reclaimed
 from tests.kubernetes.team import Team, a_team
 
-ORDER = ["test_cluster", "test_manifests", "test_images", "test_services", "test_mlflow", "test_placement", "test_why",
-         "test_submit", "test_songbloom", "test_retraining", "test_story"]  # fmt: skip
-BESIDE_RETRAINING = "test_why"
+BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom"}
+"""Modules whose tests ask what has come of a fixture that works beside other tests."""
+ORDER = ["test_mlflow", "test_placement", "test_why", "test_images", "test_services", "test_manifests", "test_cluster",
+         "test_submit", *BESIDE, "test_story"]  # fmt: skip
+FIRST_BESIDE = "test_why"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Pods go to simulated nodes while there are such, and nothing but the story stands it that programs are killed.
 
-    Between the two, a CronJob retrains beside everything else.
+    Between the two, what takes long and waits for most of that time goes on beside everything else.
     """
     items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
     stems = [item.path.stem for item in items]
-    if {BESIDE_RETRAINING, "test_retraining"} <= set(stems):
-        first = items[stems.index(BESIDE_RETRAINING)]
+    if FIRST_BESIDE in stems:
+        first = items[stems.index(FIRST_BESIDE)]
         assert isinstance(first, pytest.Function)
-        first.fixturenames.append("retraining")
+        first.fixturenames += [fixture for module, fixture in BESIDE.items() if module in stems]
 
 
 @pytest.fixture(scope="session")
@@ -91,3 +95,10 @@ def retraining(place: Place, images: Images, tmp_path_factory: pytest.TempPathFa
     """What a CronJob does, once it has done all."""
     with a_schedule(place, images.name("launcher"), tmp_path_factory.mktemp("毎週")) as told:
         yield told
+
+
+@pytest.fixture(scope="session")
+def songbloom(place: Place) -> Iterator[Future[tuple[Said, Said]]]:
+    """What ``left_and_reclaimed`` gives."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(left_and_reclaimed, place)

@@ -25,7 +25,7 @@ WHERE = {
 def nodes(cluster: Cluster) -> Iterator[None]:
     if not cluster.own:
         pytest.skip("simulated nodes are only for the tests' own cluster")
-    with simulated_nodes(cluster):
+    with simulated_nodes(cluster, plain=True):
         yield
 
 

@@ -3,11 +3,13 @@
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from launcher.runs import Run
 from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
@@ -17,8 +19,9 @@ from tests.kubernetes.situations import cause_of
 
 pytestmark = pytest.mark.timeout(3600)
 NAME = "sakura"
-EAT = "songs = [bytearray(b'u' * (64 << 20)) for _ in range(1000)]"
-"""Takes more memory than a pod may have; the kernel then ends what Ray has marked to go first, a rank."""
+EAT = "import os, time; [os.fork() for _ in range(3)]; songs = bytearray(b'u' * (256 << 20)); time.sleep(1)"
+"""Eight processes that together take more memory than a pod may have, and none alone as much as a rank: the kernel ends
+one of those that Ray has marked to go first."""
 OUTAGE_SECONDS = 30.0
 
 
@@ -59,11 +62,23 @@ def without(*programs: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def story(place: Place, cluster: Cluster) -> str:
-    """What the launcher said until the end."""
+def told(place: Place, cluster: Cluster) -> Story:
     if not cluster.own:
         pytest.skip("this ends programs of the cluster: only for the tests' own")
-    namespace, told = place.team.namespace, Story(place)
+    return Story(place)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place, told: Story) -> Iterator[Future[Run]]:
+    """The run to which nothing happens, beside the other."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(place.uninterrupted, NAME, *LONG)
+
+
+@pytest.fixture(scope="module")
+def story(place: Place, told: Story, whole: Future[Run]) -> str:
+    """What the launcher said until the end."""
+    namespace = place.team.namespace
 
     before = told.resumed
     place.take_away(place.pods(NAME, "worker")[0])
@@ -92,8 +107,8 @@ def story(place: Place, cluster: Cluster) -> str:
     return said.text
 
 
-def test_it_ends_as_the_run_to_which_nothing_happened(place: Place, story: str) -> None:
-    same_bits(place.run(NAME), place.uninterrupted(NAME, *LONG))
+def test_it_ends_as_the_run_to_which_nothing_happened(place: Place, story: str, whole: Future[Run]) -> None:
+    same_bits(place.run(NAME), whole.result())
 
 
 def test_one_cluster_was_lost_with_its_head_and_none_besides(place: Place, story: str) -> None:

@@ -1,12 +1,15 @@
 """``submit`` with the backend ``kubernetes`` on a real cluster, with the rights of the launcher's service account."""
 
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import Said, Utaforge
+from launcher.runs import Run
+from tests.cluster.conftest import Said, Started, Utaforge
 from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.place import MOST_SECONDS, STEPS, Place
 from tests.kubernetes.proxy import on_a_bad_day
@@ -32,6 +35,27 @@ def demo(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Said:
     return said
 
 
+@pytest.fixture(scope="module")
+def here(place: Place, demo: Said) -> Iterator[Future[Run]]:
+    """The demo on this machine, beside other tests."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(place.here, "demo")
+
+
+@pytest.fixture(scope="module")
+def faulty(place: Place, demo: Said, here: Future[Run]) -> dict[str, Started]:
+    """Two submissions that can only fail: with losses that are no numbers, and with songs whose bytes were changed."""
+    for each in place.team.bucket.objects.filter(Prefix="uta/datasets/demo/"):
+        content = each.get()["Body"].read()
+        copy = each.key.replace("datasets/demo", DAMAGED)
+        place.team.bucket.put_object(Key=copy, Body=bytes(len(content)) if copy.endswith(".parquet") else content)
+    overrides = {
+        "nan": ("train.optimizer.lr=1.0e+30", "train.clip=1.0e+30"),
+        "damaged": (f"data.train=[{{dataset: {place.store}/{DAMAGED}}}]",),
+    }
+    return {name: place.submit(name, "cluster.workers=1", *more) for name, more in overrides.items()}
+
+
 def test_the_demo_ends_on_two_worker_pods_with_adapter_and_songs_in_s3(place: Place, demo: Said) -> None:
     run = place.run("demo")
     assert run.result is not None
@@ -41,10 +65,6 @@ def test_the_demo_ends_on_two_worker_pods_with_adapter_and_songs_in_s3(place: Pl
     assert {"adapter/adapter_model.safetensors", "logs/driver.log", "logs/rank-0.log", "logs/rank-1.log"} <= files
     assert any(path.startswith(f"audio/step-{STEPS:08d}/") for path in files)
     assert "run demo is finished" in demo.text
-
-
-def test_the_adapter_is_the_one_that_the_local_backend_makes(place: Place, demo: Said) -> None:
-    same_bits(place.run("demo"), place.here("demo"))
 
 
 def test_every_line_of_the_driver_is_told_once_and_of_bad_answers_nothing(demo: Said) -> None:
@@ -97,30 +117,29 @@ def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods
     assert place.run("twice").status().state == "stopped"
 
 
-def test_a_fault_of_the_job_ends_it_with_its_first_cluster_though_the_laptop_is_gone(place: Place, demo: Said) -> None:
-    started = place.submit("nan", "train.optimizer.lr=1.0e+30", "train.clip=1.0e+30", "cluster.workers=1")
-    started.until(lambda: ACCEPTED in started.text)
-    started.kill_everything()
+def test_a_fault_of_the_job_ends_it_with_its_first_cluster_though_the_laptop_is_gone(
+    place: Place, faulty: dict[str, Started]
+) -> None:
+    faulty["nan"].until(lambda: ACCEPTED in faulty["nan"].text)
+    faulty["nan"].kill_everything()
     followed = place.follow("nan").end(MOST_SECONDS)
-    assert "the loss is nan" in followed.text
-    eventually(lambda: place.objects("rayjobs", "nan")[0]["status"].get("jobStatus") == "STOPPED")
+    assert re.search("^run nan is failed at step .*: the loss is nan", followed.text, re.MULTILINE), followed.text
     (rayjob,) = place.objects("rayjobs", "nan")
+    assert rayjob["status"]["jobStatus"] == "STOPPED"
     assert rayjob["status"].get("failed", 0) == 0
     assert len(place.objects("rayclusters", "nan")) <= 1
-    assert place.run("nan").status().state == "failed"
     assert "train.optimizer.lr" in cause_of(place.run("nan"), "the loss is").cure
 
 
-def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Place, demo: Said) -> None:
-    for each in place.team.bucket.objects.filter(Prefix="uta/datasets/demo/"):
-        content = each.get()["Body"].read()
-        copy = each.key.replace("datasets/demo", DAMAGED)
-        place.team.bucket.put_object(Key=copy, Body=bytes(len(content)) if copy.endswith(".parquet") else content)
-    started = place.submit("damaged", f"data.train=[{{dataset: {place.store}/{DAMAGED}}}]", "cluster.workers=1")
-    started.until(lambda: ": running" in started.text)
-    assert started.interrupt().code == 130
+def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Place, faulty: dict[str, Started]) -> None:
+    faulty["damaged"].until(lambda: ": running" in faulty["damaged"].text)
+    assert faulty["damaged"].interrupt().code == 130
     assert "damaged" in cause_of(place.run("damaged"), "damaged", MOST_SECONDS).what
     assert place.run("damaged").status().state == "failed"
+
+
+def test_the_adapter_is_the_one_that_the_local_backend_makes(place: Place, demo: Said, here: Future[Run]) -> None:
+    same_bits(place.run("demo"), here.result())
 
 
 def test_an_account_without_rights_is_told_what_it_lacks_and_sends_nothing(place: Place, tmp_path: Path) -> None:

@@ -34,13 +34,15 @@ NODES: dict[str, tuple[int, str, dict[str, str]]] = {
 """Simulated nodes: GPUs, value of the taint ``nvidia.com/gpu`` and labels, as GKE, EKS with Karpenter and NVIDIA's GPU
 operator set them. On premises nodes often have no taint; here it keeps pods of other tests away."""
 PLAIN = "plain"
-"""A simulated node without GPUs."""
+"""A simulated node without GPUs, which pods of all tests may go to."""
 
 
 @contextlib.contextmanager
-def simulated_nodes(cluster: Cluster) -> Iterator[None]:
-    """The nodes of ``NODES`` and ``PLAIN``, by kwok: pods on them are told to run, and nothing runs."""
-    nodes = {name: _node(name, *about) for name, about in NODES.items()} | {PLAIN: _node(PLAIN, 0, "", {})}
+def simulated_nodes(cluster: Cluster, *, plain: bool = False) -> Iterator[None]:
+    """The nodes of ``NODES``, with ``plain`` also ``PLAIN``: pods on them are told to run, and nothing runs."""
+    nodes = {name: _node(name, *about) for name, about in NODES.items()}
+    if plain:
+        nodes[PLAIN] = _node(PLAIN, 0, "", {})
     cluster.apply(*nodes.values())
     try:
         cluster.kubectl("wait", "--for=condition=Ready", *(f"node/{name}" for name in nodes), "--timeout=60s")

@@ -97,7 +97,7 @@ class Layout:
 
     @property
     def images(self) -> Path:
-        """Of Docker, the registry and the node: stay for the next cluster, since they take minutes to make and to pull."""
+        """Of Docker, the registry and the node: stay for the next cluster, for they take minutes to make and pull."""
         return self.folder / "images"
 
     @property

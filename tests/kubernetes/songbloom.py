@@ -1,0 +1,46 @@
+"""``jobs/songbloom_ja.yaml`` with tiny weights, on the cluster."""
+
+from tests.cluster.conftest import Said
+from tests.kubernetes.images import ROOT
+from tests.kubernetes.place import MOST_SECONDS, Place, as_options
+
+JOB = ROOT / "jobs" / "songbloom_ja.yaml"
+NAME, STEPS = "songbloom-ja", 100
+ROOMY = "cores: 0.05\nram_gib: 4\ndisk_gib: 4\n"
+"""The head turns songs into sketches and latents, with networks of 2 GB."""
+
+
+def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
+    """Submit it, leave at its first step, and take a worker away; what was said before Ctrl-C, and after it."""
+    overrides = (
+        f"store={place.store}",
+        "model.pretrained=random:tiny",
+        "model.codec={name: songbloom}",
+        "model.segment_seconds=20",
+        f"data.train=[{{dataset: {place.store}/datasets/songbloom}}]",
+        "data.validation={fraction: 0.25, by: song}",
+        "data.prepare={source: {type: demo, style: b, songs: 8}}",
+        f"train.steps={STEPS}",
+        "train.batch={seconds: 40}",
+        "train.schedule.warmup=0",
+        "checkpoint.every=5",
+        f"validation.every={STEPS}",
+        'validation.prompts=[{lyrics: "[verse] s a k u r a . y a y o i", seconds: 2, seed: 1}]',
+        "tracking.experiment=さくら",
+        "budget.hours=1",
+        f"cluster.namespace={place.namespace}",
+        f"cluster.image={place.image}",
+        f"cluster.code={ROOT}",
+        "cluster.profile=roomy",
+        "cluster.workers=2",
+        "cluster.spot=false",
+    )
+    (place.utaforge.folder / "profiles" / "roomy.yaml").write_text(ROOMY)
+    (place.utaforge.folder / f"{NAME}.yaml").write_text(JOB.read_text(encoding="utf-8"), encoding="utf-8")
+    started = place.utaforge.start("submit", f"{NAME}.yaml", "--yes", *as_options(overrides))
+    started.until(lambda: "step 1/" in started.text)
+    left = started.interrupt()
+    followed = place.follow(NAME)
+    followed.until(lambda: place.committed(NAME))
+    place.take_away(place.pods(NAME, "worker")[0])
+    return left, followed.end(MOST_SECONDS)
