@@ -177,7 +177,7 @@ class _Pods:
 
     def submitter(self) -> Manifest:
         """What hands the program to Ray and waits."""
-        container = self._container("ray-job-submitter", 0.1, 1, {})
+        container = self._container("ray-job-submitter", 0.1, 0.5, {})
         container["env"] = _env({"RAY_AUTH_MODE": "token", "HOME": SCRATCH, "RAY_USAGE_STATS_ENABLED": "0"})
         template = self._template(container, 1, 1, _off_spot(self._plan.machine))
         template["spec"]["restartPolicy"] = "Never"

@@ -50,7 +50,7 @@ LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}")
 """Enough steps for something to happen meanwhile."""
 MOST_SECONDS = 1500
 """Of one run: images are pulled, and a cluster may be lost."""
-SMALL = "cores: 0.05\nram_gib: 2.5\ndisk_gib: 4\n"
+SMALL = "cores: 0.05\nram_gib: 2.25\ndisk_gib: 4\n"
 
 
 class Place:

@@ -32,21 +32,19 @@ cluster:
   image: {image}
   secrets: [utaforge-store]
 """
-TINY = "cores: 0.05\nram_gib: 2.5\ndisk_gib: 4\n"
+TINY = "cores: 0.05\nram_gib: 2.25\ndisk_gib: 4\n"
 GPU_NODES = """\
 gpu: T4
 gpus: 1
 gpu_gib: 14.6
 tflops: 65
 cores: 0.05
-ram_gib: 2.5
+ram_gib: 2.25
 disk_gib: 4
 nodes:
   - labels: {LABELS}
 """
 """A profile for small pods on nodes with some labels."""
-GONE_SECONDS = 300.0
-"""A pod that waits for its head to come up does not hear that it is to end, and is killed after its two minutes."""
 
 
 class Situations:

@@ -14,13 +14,15 @@ from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.place import MOST_SECONDS, STEPS, Place
 from tests.kubernetes.proxy import on_a_bad_day
 from tests.kubernetes.same import same_bits
-from tests.kubernetes.situations import GONE_SECONDS, cause_of
+from tests.kubernetes.situations import cause_of
 
 pytestmark = pytest.mark.timeout(1800)
 NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
 """Kinds of objects that belong to a run."""
 ACCEPTED = "it goes on when this is closed"
 DAMAGED = "datasets/damaged"
+GONE_SECONDS = 300.0
+"""A pod that waits for its head to come up does not hear that it is to end, and is killed after its two minutes."""
 
 
 @pytest.fixture(scope="module")

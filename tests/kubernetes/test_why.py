@@ -13,10 +13,10 @@ import boto3
 import pytest
 
 from launcher.why import Cause
-from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.cluster.access import Cluster
 from tests.kubernetes.cluster.gpus import gpus_on_the_node
 from tests.kubernetes.images import Images
-from tests.kubernetes.situations import GONE_SECONDS, GPU_NODES, Situations, cause_of
+from tests.kubernetes.situations import GPU_NODES, Situations, cause_of
 
 pytestmark = pytest.mark.timeout(1800)
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")
@@ -105,11 +105,6 @@ def test_keys_that_the_store_refuses(why: Callable[..., Cause], cluster: Cluster
     _secret(cluster, namespace, "wrong", {**{key: os.environ[key] for key in KEYS}, "AWS_SECRET_ACCESS_KEY": "違う"})
     overrides = ("cluster.secrets=[wrong]", "cluster.attempts=1")
     assert "cluster.secrets" in why("the store refuses the run", "denied", *overrides).cure
-
-
-def test_of_cancelled_runs_nothing_is_left(situations: Situations, cluster: Cluster, namespace: str) -> None:
-    for kind in ("rayjobs", "rayclusters", "pods"):
-        eventually(lambda kind=kind: cluster.get(kind, "-n", namespace)["items"] == [], GONE_SECONDS)
 
 
 def _secret(cluster: Cluster, namespace: str, name: str, values: dict[str, str]) -> None:
