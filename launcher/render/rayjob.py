@@ -244,6 +244,7 @@ class _Pods:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
             "RAY_COLOR_PREFIX": "0",
+            "RAY_agent_register_timeout_ms": "180000",  # Ray's own 30 s end the head on a busy node
             "RAY_SCHEDULER_EVENTS": "0",  # advice for those who run Ray's autoscaler; utaforge tells what pods wait for
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line printed by a rank arrives twice
             "HF_HUB_OFFLINE": "1",  # what is trained comes from the store; nothing is fetched behind its back

@@ -22,13 +22,14 @@ import boto3
 from launcher.plan import plan
 from launcher.runs import Run, create_or_resume, runs_of
 from tests.kubernetes.images import TAG
-from tests.kubernetes.situations import JOB, TINY
+from tests.kubernetes.place import SMALL
+from tests.kubernetes.situations import JOB
 from trainer.spec import load_job
 
 from .figure import Figure, middle
 
 log = logging.getLogger(__name__)
-WORKERS, CORES, MEMORY = 2, "50m", "2560Mi"
+WORKERS, CORES, MEMORY = 2, "50m", "2304Mi"
 UTAFORGE = Path(sys.executable).with_name("utaforge")
 WAIT_SECONDS = 900.0
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")
@@ -76,7 +77,7 @@ class _Bench:
         text = JOB.format(**fields).replace("workers: 1", f"workers: {WORKERS}").replace("steps: 40", "steps: 1")
         self._job.write_text(text.replace("validation: {every: 40", "validation: {every: 1"), encoding="utf-8")
         (folder / "profiles").mkdir()
-        (folder / "profiles" / "tiny.yaml").write_text(TINY)
+        (folder / "profiles" / "tiny.yaml").write_text(SMALL)
 
     def ours(self, name: str) -> float:
         """Seconds with ``utaforge submit``."""

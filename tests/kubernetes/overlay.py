@@ -1,4 +1,4 @@
-"""The manifests of ``k8s/`` as tests want them: in a namespace of its own, with images that the cluster can pull."""
+"""The manifests of ``k8s/`` as tests want them: small, in a namespace of its own, with images that can be pulled."""
 
 import contextlib
 import json
@@ -56,12 +56,20 @@ class Namespace:
             mlflow: settings of the server.
         """
         rename = f"- {{op: replace, path: /metadata/name, value: {self.name}}}"
-        target = {"kind": "ClusterRole|ClusterRoleBinding"}
+        requests = "/spec/template/spec/containers/0/resources/requests"
+        small = f"- {{op: replace, path: {requests}, value: {{cpu: 100m, memory: 512Mi}}}}"
         top: dict[str, Any] = {
             "namespace": self.name,
             "resources": [os.path.relpath(K8S / folder, scratch.resolve())],
             "images": [_replaced(old, new) for old, new in (images or {}).items()],
-            "patches": [{"target": target, "options": {"allowNameChange": True}, "patch": rename}],
+            "patches": [
+                {
+                    "target": {"kind": "ClusterRole|ClusterRoleBinding"},
+                    "options": {"allowNameChange": True},
+                    "patch": rename,
+                },
+                {"target": {"kind": "Deployment|StatefulSet"}, "patch": small},
+            ],
         }
         if mlflow:
             literals = [f"{name}={value}" for name, value in mlflow.items()]

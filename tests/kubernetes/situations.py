@@ -32,14 +32,14 @@ cluster:
   image: {image}
   secrets: [utaforge-store]
 """
-TINY = "cores: 0.05\nram_gib: 2.25\ndisk_gib: 4\n"
+TINY = "cores: 0.05\nram_gib: 1.75\ndisk_gib: 4\n"
 GPU_NODES = """\
 gpu: T4
 gpus: 1
 gpu_gib: 14.6
 tflops: 65
 cores: 0.05
-ram_gib: 2.25
+ram_gib: 1.75
 disk_gib: 4
 nodes:
   - labels: {LABELS}

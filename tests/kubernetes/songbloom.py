@@ -5,7 +5,7 @@ from tests.kubernetes.images import ROOT
 from tests.kubernetes.place import MOST_SECONDS, Place, as_options
 
 JOB = ROOT / "jobs" / "songbloom_ja.yaml"
-NAME, STEPS = "songbloom-ja", 100
+NAME, STEPS = "songbloom-ja", 30
 ROOMY = "cores: 0.05\nram_gib: 4\ndisk_gib: 4\n"
 """The head turns songs into sketches and latents, with networks of 2 GB."""
 

@@ -197,6 +197,14 @@ def test_the_ray_of_the_image_is_the_one_that_is_told() -> None:
     assert metadata.version("ray") == RAY_VERSION
 
 
+def test_pods_of_ray_are_ready_once_its_agent_answers(job: Jobs) -> None:
+    cluster = rendered(on(job()))[0]["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        probe = group["template"]["spec"]["containers"][0]["readinessProbe"]
+        assert probe["httpGet"] == {"path": "/api/healthz", "port": 52365}
+        assert "initialDelaySeconds" not in probe
+
+
 def test_the_machine_of_the_plan_is_used_whatever_the_profile_says_later(job: Jobs) -> None:
     planned = plan(on(job()))
     assert planned.machine == find_profile("t4x4")
