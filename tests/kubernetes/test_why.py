@@ -97,8 +97,9 @@ def test_gpus_that_others_use(why: Callable[..., Cause], situations: Situations,
     situations.profile(
         "every", GPU_NODES.replace("{LABELS}", "{kubernetes.io/os: linux}").replace("gpus: 1", "gpus: 4")
     )
+    four = ("cluster.profile=every", "cluster.workers=4")
     with gpus_on_the_node(own_cluster, 2):
-        assert "nvidia.com/gpu" in why("no node has enough free GPUs", "busy", "cluster.profile=every").evidence
+        assert "nvidia.com/gpu" in why("no node has enough free GPUs", "busy", *four).evidence
 
 
 def test_keys_that_the_store_refuses(why: Callable[..., Cause], cluster: Cluster, namespace: str) -> None:
