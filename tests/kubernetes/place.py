@@ -45,7 +45,7 @@ cluster:
   code: {root}
   secrets: [utaforge-store, utaforge-mlflow]
 """
-LONG_STEPS = 150
+LONG_STEPS = 320
 LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}")
 """Enough steps for something to happen meanwhile."""
 MOST_SECONDS = 1500
