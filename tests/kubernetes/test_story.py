@@ -20,8 +20,8 @@ from tests.kubernetes.situations import cause_of
 pytestmark = pytest.mark.timeout(3600)
 NAME = "sakura"
 EAT = "import os, time; [os.fork() for _ in range(3)]; songs = b'u' * (168 << 20); time.sleep(1)"
-"""Eight processes that together take more memory than the pod has left, and less than with a rank's: the kernel ends one
-of those that Ray has marked to go first, a rank, and none besides."""
+"""Eight processes that together take more memory than the pod has left, and less than with a rank's: the kernel ends
+one of those that Ray has marked to go first, a rank, and none besides."""
 OUTAGE_SECONDS = 30.0
 
 
