@@ -102,18 +102,22 @@ class Place:
 
     def here(self, name: str) -> Run:
         """The same job on this machine, seen through to its end: on the same songs, with as many threads as a pod."""
-        store = f"file://{self.utaforge.folder}/{name}"
-        elsewhere = (f"store={store}", "cluster={backend: local, workers: 2}", "tracking.mlflow=null")
-        said = self.local("submit", self.job(name), "--yes", *as_options(elsewhere))
+        said = self.local("submit", self.job(name), "--yes", *as_options(self._on_this_machine(name)))
         assert said.code == 0, said.text
-        return find_run(store, name)
+        return find_run(self._store_here(name), name)
 
     def uninterrupted(self, name: str, *overrides: str) -> Run:
         """The same job on the same songs, trained to its end by two ranks without Ray."""
-        job = load_job(self.job(name), (f"store=file://{self.utaforge.folder}/{name}", *overrides))
+        job = load_job(self.job(name), (*self._on_this_machine(name), *overrides))
         run = create_or_resume(job, plan(job, self.utaforge.folder).as_json()).run
         Ranks(2, self.utaforge.folder, rank_of, run.url, UTAFORGE_HOME=str(self.local.home)).end()
         return run
+
+    def _store_here(self, name: str) -> str:
+        return f"file://{self.utaforge.folder}/{name}"
+
+    def _on_this_machine(self, name: str) -> tuple[str, ...]:
+        return f"store={self._store_here(name)}", "cluster={backend: local, workers: 2}", "tracking.mlflow=null"
 
     def cancel(self, name: str) -> None:
         """Cancel its newest run; it has to succeed."""

@@ -89,11 +89,11 @@ class Situations:
                 run.cancel()
 
 
-def cause_of(run: Run, expected: str, seconds: float = 120.0) -> Cause:
-    """The likeliest cause, once it says ``expected``; fails if it does not within ``seconds``."""
+def cause_of(run: Run, expected: str, seconds: float = 120.0, among: int = 1) -> Cause:
+    """The cause that says ``expected``, once it is ``among`` the likeliest; fails if it is not within ``seconds``."""
 
     def found() -> Cause | None:
-        return next((cause for cause in diagnose(gather(run))[:1] if expected in cause.what), None)
+        return next((cause for cause in diagnose(gather(run))[:among] if expected in cause.what), None)
 
     cause = eventually(found, seconds)
     assert cause is not None
