@@ -89,8 +89,8 @@ class Situations:
                 run.cancel()
 
 
-def cause_of(run: Run, expected: str, seconds: float = 120.0, among: int = 1) -> Cause:
-    """The cause that says ``expected``, once it is ``among`` the likeliest; fails if it is not within ``seconds``."""
+def cause_of(run: Run, expected: str, seconds: float = 120.0, among: int | None = 1) -> Cause:
+    """The cause that says ``expected``, once it is ``among`` the likeliest (None: among all), or fails."""
 
     def found() -> Cause | None:
         return next((cause for cause in diagnose(gather(run))[:among] if expected in cause.what), None)
