@@ -19,9 +19,16 @@ from tests.kubernetes.situations import cause_of
 
 pytestmark = pytest.mark.timeout(3600)
 NAME = "sakura"
-EAT = "import os, time; [os.fork() for _ in range(3)]; songs = [(b'u' * (8 << 20), time.sleep(0.2)) for _ in range(20)]"
-"""Eight processes that slowly take more memory than the pod has left, and less than with a rank's: the kernel ends one
-of those that Ray has marked to go first, a rank, and none besides."""
+EAT = """
+import glob, os, pathlib, time
+for _ in range(3):
+    os.fork()
+songs = []
+while any("ray::RayTrain" in pathlib.Path(name).read_text() for name in glob.glob("/proc/[0-9]*/comm")):
+    songs.append(b"u" * (8 << 20))
+    time.sleep(0.2)
+"""
+"""Eight processes that slowly take all memory of a pod until its rank is gone: Ray has marked that to go first."""
 OUTAGE_SECONDS = 30.0
 
 
