@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -406,15 +407,15 @@ def _batches(journal: Path, offset: int, lines: int = 200) -> Iterator[tuple[lis
     """Entries of whole lines after byte ``offset`` with the offset after them; first an empty batch, which connects."""
     yield [], offset
     with journal.open("rb") as file:
-        file.seek(offset)
-        while batch := _whole_lines(file, lines):
+        while batch := whole_lines(file, offset, lines):
             offset += sum(map(len, batch))
             yield [json.loads(line) for line in batch], offset
 
 
-def _whole_lines(file: IO[bytes], most: int) -> list[bytes]:
-    lines = [line for line, _ in zip(file, range(most), strict=False)]
-    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+def whole_lines(file: IO[bytes], offset: int, most: int) -> list[bytes]:
+    """At most ``most`` lines after byte ``offset``, up to one that is still being written: that one is left."""
+    file.seek(offset)
+    return list(itertools.takewhile(lambda line: line.endswith(b"\n"), itertools.islice(file, most)))
 
 
 @functools.cache
