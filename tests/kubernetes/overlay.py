@@ -1,4 +1,4 @@
-"""The manifests of ``k8s/`` as tests want them: small, in a namespace of its own, with images that can be pulled."""
+"""The manifests of ``k8s/`` as tests want them: in a namespace of its own, with images that can be pulled."""
 
 import contextlib
 import json
@@ -53,11 +53,9 @@ class Namespace:
             folder: below ``k8s/``.
             scratch: an empty folder.
             images: name of a default image → what to pull instead, ``NAME:TAG``.
-            mlflow: settings of the server.
+            mlflow: settings of the server, which then runs: with requests that leave room for runs beside it.
         """
         rename = f"- {{op: replace, path: /metadata/name, value: {self.name}}}"
-        requests = "/spec/template/spec/containers/0/resources/requests"
-        small = f"- {{op: replace, path: {requests}, value: {{cpu: 100m, memory: 512Mi}}}}"
         top: dict[str, Any] = {
             "namespace": self.name,
             "resources": [os.path.relpath(K8S / folder, scratch.resolve())],
@@ -68,10 +66,12 @@ class Namespace:
                     "options": {"allowNameChange": True},
                     "patch": rename,
                 },
-                {"target": {"kind": "Deployment|StatefulSet"}, "patch": small},
             ],
         }
         if mlflow:
+            requests = "/spec/template/spec/containers/0/resources/requests"
+            small = f"- {{op: replace, path: {requests}, value: {{cpu: 100m, memory: 512Mi}}}}"
+            top["patches"].append({"target": {"kind": "Deployment|StatefulSet"}, "patch": small})
             literals = [f"{name}={value}" for name, value in mlflow.items()]
             top["configMapGenerator"] = [{"name": "mlflow", "behavior": "merge", "literals": literals}]
         (scratch / "kustomization.yaml").write_text(yaml.safe_dump(top), encoding="utf-8")

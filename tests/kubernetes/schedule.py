@@ -95,7 +95,7 @@ class Schedule:
         return str(path)
 
     def publish(self, job: str, *overrides: str) -> None:
-        """Publish songs, as people do from their machine."""
+        """Publish songs from this machine."""
         prepare(load_job(job, overrides))
 
     def chapter(self, name: str, lr: str, songs: int, run: str, ended: Callable[[], bool]) -> None:

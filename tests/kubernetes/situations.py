@@ -10,7 +10,7 @@ from launcher.runs import Run, create_or_resume
 from launcher.snapshot import gather
 from launcher.why import Cause, diagnose
 from tests.kubernetes.cluster.access import eventually
-from trainer.spec import Job, load_job
+from trainer.spec import load_job
 
 JOB = """\
 name: {name}
@@ -48,7 +48,7 @@ nodes:
 
 
 class Situations:
-    """Sends runs of a small job, from a folder with a profile for small pods; they can be awaited and ended.
+    """Sends runs of a small job, from a folder with a profile for small pods.
 
     Args:
         folder: an empty one.
@@ -67,15 +67,11 @@ class Situations:
         """Put a profile beside the job."""
         (self._folder / "profiles" / f"{name}.yaml").write_text(text)
 
-    def job(self, name: str, *overrides: str) -> Job:
-        """The job of a run called ``name``."""
-        self._job.write_text(JOB.format(name=name, **self._fields), encoding="utf-8")
-        return load_job(self._job, overrides)
-
     @contextmanager
     def sent(self, name: str, *overrides: str) -> Iterator[Run]:
         """A run called ``name`` that the cluster has accepted; afterwards it is cancelled."""
-        job = self.job(name, *overrides)
+        self._job.write_text(JOB.format(name=name, **self._fields), encoding="utf-8")
+        job = load_job(self._job, overrides)
         planned = plan(job, self._folder)
         run = create_or_resume(job, planned.as_json()).run
         with open_backend(job, planned, {}) as backend:
