@@ -59,6 +59,7 @@ def test_a_program_that_succeeds_tells_every_line_and_its_result(cluster: tuple[
     _, jobs = cluster
     program = (
         "import os\n"
+        "while 'Running entrypoint' not in open('/dev/stdout').read(): pass\n"  # Ray's own line may come in between
         f"for n in range({LINES}): print(n, os.environ['UTAFORGE_TEST'], 'x' * 3000)\n"
         "print('終わり', end='')"
     )
