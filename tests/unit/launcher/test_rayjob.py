@@ -49,7 +49,7 @@ def test_the_rayjob_says_how_it_starts_ends_and_is_tried_again(job: Jobs) -> Non
         "submitterConfig": {"backoffLimit": 2},
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 0,
-        "preRunningDeadlineSeconds": 3600,
+        "preRunningDeadlineSeconds": 1200,
     }
     assert made["metadata"] == {
         "name": SUBMISSION.name,
