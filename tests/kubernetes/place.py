@@ -5,7 +5,8 @@ Pods run the image of the last commit, with this checkout's trainer laid over it
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from launcher.runs import Run, create_or_resume, find_run
 from tests.cluster.conftest import Started, Utaforge
 from tests.cluster.ranks import Ranks, rank_of
 from tests.kubernetes.images import ROOT
+from tests.kubernetes.proxy import Proxy, through_a_proxy
 from tests.kubernetes.team import Team
 from trainer.spec import StoreError, load_job
 
@@ -50,6 +52,8 @@ LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}")
 """Enough steps for something to happen meanwhile."""
 MOST_SECONDS = 1500
 """Of one run: images are pulled, and a cluster may be lost."""
+LAUNCHER = "utaforge-launcher"
+"""The service account that submits."""
 SMALL = "cores: 0.05\nram_gib: 2.25\ndisk_gib: 4\n"
 
 
@@ -61,14 +65,15 @@ class Place:
         image: of the trainer.
         folder: an empty one, for job files.
         kubeconfig: of the account that submits.
+        proxy: before the API server that ``kubeconfig`` leads to.
 
     Attributes:
         canary: a value in the secret that pods get, which is to be found nowhere else.
     """
 
-    def __init__(self, team: Team, image: str, folder: Path, kubeconfig: Path) -> None:
+    def __init__(self, team: Team, image: str, folder: Path, kubeconfig: Path, proxy: Proxy) -> None:
         self.team, self.cluster, self.namespace = team, team.namespace.cluster, team.namespace.name
-        self.image, self.store = image, f"s3://{team.bucket.name}/uta"
+        self.image, self.store, self.proxy = image, f"s3://{team.bucket.name}/uta", proxy
         self.canary = secrets.token_hex(16)
         (folder / "profiles").mkdir()
         (folder / "profiles" / "small.yaml").write_text(SMALL)
@@ -147,20 +152,19 @@ class Place:
         """As a node does that goes without notice: whoever is given 100 seconds may be done before they are over."""
         self.team.namespace.kubectl("delete", "pod", pod, "--grace-period=1", "--wait=false")
 
-    def as_account(self, name: str, folder: Path) -> Utaforge:
-        """The command with the rights of a service account of the namespace; ``folder`` is an empty one."""
-        return Utaforge(
-            folder, {**self.utaforge.environment, "KUBECONFIG": str(kubeconfig_of(self.team, name, folder))}
-        )
+    def elsewhere(self, kubeconfig: Path | str, folder: Path) -> Utaforge:
+        """The command on another laptop; ``folder`` is an empty one."""
+        return Utaforge(folder, {**self.utaforge.environment, "KUBECONFIG": str(kubeconfig)})
 
 
 @contextmanager
 def a_place(team: Team, image: str, folder: Path) -> Iterator[Place]:
     """Where ``team``'s runs are submitted to; ``folder`` is an empty one."""
-    place = Place(team, image, folder, kubeconfig_of(team, "utaforge-launcher", folder))
-    canary = json.dumps({"stringData": {"UTAFORGE_CANARY": place.canary}})
-    team.namespace.kubectl("patch", "secret", "utaforge-store", "-p", canary)
-    with pytest.MonkeyPatch.context() as patch:
+    own = kubeconfig_of(team, LAUNCHER, folder)
+    with through_a_proxy(own, folder) as (proxy, kubeconfig), pytest.MonkeyPatch.context() as patch:
+        place = Place(team, image, folder, kubeconfig, proxy)
+        canary = json.dumps({"stringData": {"UTAFORGE_CANARY": place.canary}})
+        team.namespace.kubectl("patch", "secret", "utaforge-store", "-p", canary)
         for name, value in {**team.store_keys, "KUBECONFIG": place.utaforge.environment["KUBECONFIG"]}.items():
             patch.setenv(name, value)  # for this process's own look into store and cluster
         try:
@@ -174,6 +178,17 @@ def a_place(team: Team, image: str, folder: Path) -> Iterator[Place]:
 def as_options(overrides: Iterable[str]) -> list[str]:
     """``--set`` before each."""
     return [part for override in overrides for part in ("--set", override)]
+
+
+def changed_checkout(folder: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
+    """A checkout in ``folder`` whose trainer differs: module → a text that it has, and what it has there instead."""
+    shutil.copytree(ROOT / "trainer", folder / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    for module, (old, new) in changes.items():
+        path = folder / "trainer" / module
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+    return folder
 
 
 def kubeconfig_of(team: Team, account: str, folder: Path) -> Path:

@@ -1,8 +1,10 @@
 """``jobs/songbloom_ja.yaml`` with tiny weights, on the cluster."""
 
+from collections.abc import Iterator
+
 from tests.cluster.conftest import Said
 from tests.kubernetes.images import ROOT
-from tests.kubernetes.place import MOST_SECONDS, Place, as_options
+from tests.kubernetes.place import MOST_SECONDS, Place, as_options, changed_checkout
 
 JOB = ROOT / "jobs" / "songbloom_ja.yaml"
 NAME, STEPS = "songbloom-ja", 30
@@ -10,8 +12,18 @@ ROOMY = "cores: 0.05\nram_gib: 4\ndisk_gib: 4\n"
 """The head turns songs into sketches and latents, with networks of 2 GB."""
 
 
+SUNG = {
+    "driver.py": ("starting the ranks again from step", "春の海: the ranks start again from step"),
+    "worker.py": ("going on from step", "花の雨: going on from step"),
+}
+"""Module of the trainer → what it says, and what it says in this job's checkout alone."""
+
+
 def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
-    """Submit it, leave at its first step, and take a worker away; what was said before Ctrl-C, and after it."""
+    """Submit it, leave at its first step, and take a worker away; what was said before Ctrl-C, and after it.
+
+    Its image comes from a registry that wants a login where there is one, its trainer from a checkout that was changed.
+    """
     overrides = (
         f"store={place.store}",
         "model.pretrained=random:tiny",
@@ -29,8 +41,8 @@ def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
         "tracking.experiment=さくら",
         "budget.hours=1",
         f"cluster.namespace={place.namespace}",
-        f"cluster.image={place.image}",
-        f"cluster.code={ROOT}",
+        *_image(place),
+        f"cluster.code={changed_checkout(place.utaforge.folder / 'sung', SUNG)}",
         "cluster.profile=roomy",
         "cluster.workers=2",
         "cluster.spot=false",
@@ -44,3 +56,21 @@ def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
     followed.until(lambda: place.committed(NAME))
     place.take_away(place.pods(NAME, "worker")[0])
     return left, followed.end(MOST_SECONDS)
+
+
+def _image(place: Place) -> Iterator[str]:
+    registry = place.cluster.environment.get("UTAFORGE_TEST_PRIVATE_REGISTRY")
+    if registry is None:
+        yield f"cluster.image={place.image}"
+        return
+    login = [
+        f"--docker-{key}={value}"
+        for key, value in {
+            "server": registry,
+            "username": place.cluster.environment["UTAFORGE_TEST_REGISTRY_USER"],
+            "password": place.cluster.environment["UTAFORGE_TEST_REGISTRY_PASSWORD"],
+        }.items()
+    ]
+    place.team.namespace.kubectl("create", "secret", "docker-registry", "utaforge-registry", *login)
+    yield f"cluster.image={registry}/{place.image.partition('/')[2]}"
+    yield "cluster.pull_secrets=[utaforge-registry]"

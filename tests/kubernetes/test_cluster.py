@@ -14,7 +14,8 @@ import psutil
 import pytest
 from botocore.config import Config
 
-from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.cluster.conftest import Utaforge
+from tests.kubernetes.cluster.access import RAY_CRD, Cluster, eventually
 from tests.kubernetes.cluster.control import down, environment, status, up
 from tests.kubernetes.cluster.gpus import GPU, NODES, gpus_on_the_node, simulated_nodes
 from tests.kubernetes.cluster.layout import Layout
@@ -223,7 +224,45 @@ def traces(layout: Layout) -> dict[str, Any]:
         "rules": [line for text in rules for line in text.decode().splitlines() if line.startswith("-A")],
         "control groups": groups,
         "kernel": kernel,
+        "home": sorted(path for path in Path.home().glob(".kube/**/*") if str(layout.node) in str(path)),
     }
+
+
+JOB = """\
+name: sakura
+store: file://{folder}/store
+model: {{family: musicgen, pretrained: "random:tiny"}}
+method: {{type: lora}}
+data: {{train: [{{dataset: file://{folder}/歌}}]}}
+train: {{steps: 1, batch: {{seconds: 60}}}}
+cluster: {{backend: kubernetes, profile: cpu, workers: 1, namespace: default, image: "{image}"}}
+"""
+
+
+def check_without_kuberay(layout: Layout, folder: Path) -> None:
+    """What ``submit`` says where KubeRay is too old for a field, is not there at all, or nobody knows who asks."""
+    cluster = Cluster(os.environ | environment(layout), own=True)
+    path = folder / "job.yaml"
+    path.write_text(JOB.format(folder=folder, image=cluster.image), encoding="utf-8")
+
+    def submit(kubeconfig: str = cluster.kubeconfig) -> str:
+        said = Utaforge(Path(tempfile.mkdtemp(dir=folder)), {"KUBECONFIG": kubeconfig})("submit", str(path), "--yes")
+        assert said.code == 5, said.text
+        return said.text
+
+    field = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/preRunningDeadlineSeconds"
+    versions = cluster.get("crd", RAY_CRD)["spec"]["versions"]
+    field = field.replace("/0/", f"/{[each['name'] for each in versions].index('v1')}/")
+    old = json.dumps([{"op": "remove", "path": field}])
+    cluster.kubectl("patch", "crd", RAY_CRD, "--type=json", "-p", old)
+    eventually(lambda: "the cluster's KubeRay is too old" in submit())
+    cluster.kubectl("delete", "crd", RAY_CRD)
+    assert "the cluster lacks KubeRay" in submit()
+    config = json.loads(cluster.kubectl("config", "view", "--raw", "--minify", "-o", "json"))
+    config["users"][0]["user"] = {"token": "期限切れ".encode().hex()}
+    expired = folder / "expired.kubeconfig"
+    expired.write_text(json.dumps(config))
+    assert "your credentials have expired or are wrong" in submit(str(expired))
 
 
 SAVED_RULES = ("iptables-save", "ip6tables-save")
@@ -239,9 +278,10 @@ def belongs(process: psutil.Process, layout: Layout) -> bool:
         return False
 
 
-def test_up_starts_what_died_and_down_leaves_nothing(second: Layout) -> None:
+def test_up_starts_what_died_and_down_leaves_nothing(second: Layout, tmp_path: Path) -> None:
     before = traces(second)
     up(second, print)
+    check_without_kuberay(second, tmp_path)
     whole = Cluster(os.environ | environment(second), own=True)
     whole.apply(pod("song", "default", whole.image, "echo さくら; sleep infinity"))
     whole.kubectl("wait", "--for=condition=Ready", "pod/song", "--timeout=120s")

@@ -54,6 +54,7 @@ def services(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
     environment = dict(cluster.environment)
     compose = subprocess.run(["docker", "compose", "version"], env=environment, capture_output=True, check=False)
     if compose.returncode != 0:
+        assert not cluster.own, compose.stderr
         pytest.skip("Docker has no compose plug-in here")
     found = Services(environment | _stand_ins(cluster), tmp_path_factory.mktemp("services") / "utaforge")
     try:

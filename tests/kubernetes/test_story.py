@@ -1,6 +1,7 @@
 """One run, and all that may happen to it on a cluster: at its end it is the run to which nothing happened."""
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,16 @@ while any("ray::RayTrain" in pathlib.Path(name).read_text() for name in glob.glo
     time.sleep(0.2)
 """
 """Eight processes that slowly take all memory of a pod until its rank is gone: Ray has marked that to go first."""
+SEND = """
+import glob, os, pathlib, sys
+for name in glob.glob("/proc/[0-9]*/comm"):
+    if "ray::RayTrain" in pathlib.Path(name).read_text():
+        os.kill(int(name.split("/")[2]), int(sys.argv[1]))
+"""
+"""Sends a signal to the ranks of a pod."""
 OUTAGE_SECONDS = 30.0
+HANG_SECONDS = 15.0
+"""Of silence that ``why`` takes for a hang here."""
 
 
 class Story:
@@ -98,6 +108,15 @@ def story(place: Place, told: Story, whole: Future[Run]) -> str:
     worker = place.pods(NAME, "worker")[0]
     namespace.kubectl("exec", worker, "--", "python", "-c", EAT, check=False)
     told.goes_on(before)
+    assert "ram_gib" in cause_of(place.run(NAME), "ran out of memory", among=None).cure
+
+    worker = place.pods(NAME, "worker")[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launcher.why.QUIET_SECONDS", HANG_SECONDS)
+        namespace.kubectl("exec", worker, "--", "python", "-c", SEND, str(int(signal.SIGSTOP)))
+        assert "rank-" in cause_of(place.run(NAME), "it hangs", among=None).evidence
+        namespace.kubectl("exec", worker, "--", "python", "-c", SEND, str(int(signal.SIGCONT)))
+    told.learns()
 
     before = told.resumed
     place.take_away(place.pods(NAME, "head")[0])

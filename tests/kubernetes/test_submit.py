@@ -1,5 +1,6 @@
 """``submit`` with the backend ``kubernetes`` on a real cluster, with the rights of the launcher's service account."""
 
+import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,18 +10,21 @@ from typing import Any
 import pytest
 
 from launcher.runs import Run
-from tests.cluster.conftest import Said, Started, Utaforge
+from tests.cluster.conftest import Said, Started
 from tests.kubernetes.cluster.access import eventually
-from tests.kubernetes.place import MOST_SECONDS, STEPS, Place
-from tests.kubernetes.proxy import on_a_bad_day
+from tests.kubernetes.place import LAUNCHER, MOST_SECONDS, STEPS, Place, as_options, changed_checkout, kubeconfig_of
+from tests.kubernetes.proxy import BAD_DAY, through_a_proxy
+from tests.kubernetes.rights import RIGHTS, rights_used
 from tests.kubernetes.same import same_bits
-from tests.kubernetes.situations import cause_of
+from tests.kubernetes.situations import GPU_NODES, cause_of
 
 pytestmark = pytest.mark.timeout(1800)
 NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
 """Kinds of objects that belong to a run."""
 ACCEPTED = "it goes on when this is closed"
 DAMAGED = "datasets/damaged"
+RAISING = {"worker.py": ("self.family = open_family(self.job.model)", 'raise LookupError("歌がない")')}
+"""A checkout whose ranks raise an error."""
 GONE_SECONDS = 300.0
 """A pod that waits for its head to come up does not hear that it is to end, and is killed after its two minutes."""
 
@@ -29,9 +33,8 @@ GONE_SECONDS = 300.0
 def demo(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Said:
     """The demo, seen through to its end from a laptop that the API server often answers badly, or not at all."""
     folder = tmp_path_factory.mktemp("laptop")
-    with on_a_bad_day(Path(place.utaforge.environment["KUBECONFIG"]), folder) as (proxy, kubeconfig):
-        laptop = Utaforge(folder, {**place.utaforge.environment, "KUBECONFIG": str(kubeconfig)})
-        said = laptop.start("submit", place.job("demo"), "--yes").end(MOST_SECONDS)
+    with through_a_proxy(kubeconfig_of(place.team, LAUNCHER, folder), folder, BAD_DAY) as (proxy, kubeconfig):
+        said = place.elsewhere(kubeconfig, folder).start("submit", place.job("demo"), "--yes").end(MOST_SECONDS)
         assert said.code == 0, said.text
         assert all(count > 3 for count in proxy.spoilt.values())
     return said
@@ -46,7 +49,7 @@ def here(place: Place, demo: Said) -> Iterator[Future[Run]]:
 
 @pytest.fixture(scope="module")
 def faulty(place: Place, demo: Said, here: Future[Run]) -> dict[str, Started]:
-    """Two submissions that can only fail: with losses that are no numbers, and with songs whose bytes were changed."""
+    """Submissions that can only fail: losses that are no numbers, songs whose bytes were changed, code that raises."""
     for each in place.team.bucket.objects.filter(Prefix="uta/datasets/demo/"):
         content = each.get()["Body"].read()
         copy = each.key.replace("datasets/demo", DAMAGED)
@@ -54,6 +57,7 @@ def faulty(place: Place, demo: Said, here: Future[Run]) -> dict[str, Started]:
     overrides = {
         "nan": ("train.optimizer.lr=1.0e+30", "train.clip=1.0e+30"),
         "damaged": (f"data.train=[{{dataset: {place.store}/{DAMAGED}}}]",),
+        "own-code": (f"cluster.code={changed_checkout(place.utaforge.folder / 'raising', RAISING)}",),
     }
     return {name: place.submit(name, "cluster.workers=1", *more) for name, more in overrides.items()}
 
@@ -140,17 +144,60 @@ def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Plac
     assert place.run("damaged").status().state == "failed"
 
 
+def test_an_error_of_peoples_own_code_is_told_with_its_place_and_costs_one_cluster(
+    place: Place, faulty: dict[str, Started]
+) -> None:
+    said = faulty["own-code"].end(MOST_SECONDS)
+    assert said.code != 0
+    cause = cause_of(place.run("own-code"), "LookupError: 歌がない")
+    assert "worker.py" in cause.evidence
+    (rayjob,) = place.objects("rayjobs", "own-code")
+    assert (rayjob["status"]["jobStatus"], rayjob["status"].get("failed", 0)) == ("STOPPED", 0)
+
+
 def test_the_adapter_is_the_one_that_the_local_backend_makes(place: Place, demo: Said, here: Future[Run]) -> None:
     same_bits(place.run("demo"), here.result())
 
 
 def test_an_account_without_rights_is_told_what_it_lacks_and_sends_nothing(place: Place, tmp_path: Path) -> None:
     place.team.namespace.kubectl("create", "serviceaccount", "nobody")
-    said = place.as_account("nobody", tmp_path)("submit", place.job("forbidden"), "--yes")
+    nobody = place.elsewhere(kubeconfig_of(place.team, "nobody", tmp_path), tmp_path)
+    said = nobody("submit", place.job("forbidden"), "--yes")
     assert said.code == 5, said.text
     assert "you may not, in namespace" in said.text
     assert "create rayjobs" in said.text
     assert place.objects("rayjobs", "forbidden") == []
+
+
+def test_all_that_is_wrong_is_told_at_once_each_with_its_cure(place: Place, tmp_path: Path) -> None:
+    wrong = {
+        "cluster.image": f"{place.cluster.registry}/utaforge-trainer:gone",
+        "cluster.secrets": "[utaforge-store, uta-no]",
+        "cluster.service_account": "uta-nobody",
+        "cluster.profile": "elsewhere",
+        "cluster.queue": "{kind: kueue, name: uta}",
+    }
+    (place.utaforge.folder / "profiles" / "elsewhere.yaml").write_text(
+        GPU_NODES.replace("LABELS", "nvidia.com/gpu.product: Uta")
+    )
+    administrator = place.elsewhere(place.cluster.kubeconfig, tmp_path)
+    said = administrator(
+        "submit", place.job("wrong"), "--yes", *as_options(f"{key}={value}" for key, value in wrong.items())
+    )
+    assert said.code == 5, said.text
+    assert "5 things stand in the way of wrong" in said.text
+    for told in ("has no ", "no secret uta-no", "no uta-nobody", "the labels that profile elsewhere", "no kueue queue"):
+        assert told in said.text, said.text
+    assert said.text.count("→") == len(wrong), said.text
+    assert place.objects("rayjobs", "wrong") == []
+
+
+def test_a_run_on_the_cluster_is_listed_with_its_state_its_log_and_nothing_to_explain(place: Place, demo: Said) -> None:
+    listed = json.loads(place.utaforge.output("list", "--store", place.store, "--json"))
+    assert {run["state"] for run in listed if run["name"] == "demo"} == {"finished"}
+    assert f"step {STEPS}/{STEPS}" in place.utaforge.output("logs", "demo", "--store", place.store)
+    for command in ("status", "why"):
+        assert "finished" in place.utaforge.output(command, "demo", "--store", place.store)
 
 
 def test_secrets_are_nowhere_but_in_their_secrets(place: Place, demo: Said) -> None:
@@ -175,6 +222,13 @@ def test_secrets_are_nowhere_but_in_their_secrets(place: Place, demo: Said) -> N
     assert any(key.endswith("runs/demo/logs/driver.log") for key in said)
     for secret in (place.canary, place.team.trainer[1], place.team.admin[1]):
         assert [where for where, text in said.items() if secret in text] == []
+
+
+def test_the_launcher_uses_all_of_its_rights_and_asks_for_no_others(
+    place: Place, demo: Said, songbloom: Future[tuple[Said, Said]]
+) -> None:
+    songbloom.result()
+    assert rights_used(place.proxy.asked) == RIGHTS
 
 
 def test_down_leaves_nothing_but_the_run_directories(place: Place, demo: Said) -> None:

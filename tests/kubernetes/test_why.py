@@ -7,13 +7,16 @@ taken away in ``test_story``.
 import json
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 from uuid import uuid4
 
 import boto3
 import pytest
 
+from launcher.render.rayjob import SUBMISSION
+from launcher.runs import Run
 from launcher.why import Cause
-from tests.kubernetes.cluster.access import Cluster
+from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.gpus import gpus_on_the_node
 from tests.kubernetes.images import Images
 from tests.kubernetes.situations import GPU_NODES, Situations, cause_of
@@ -21,6 +24,8 @@ from tests.kubernetes.situations import GPU_NODES, Situations, cause_of
 pytestmark = pytest.mark.timeout(1800)
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")
 SECONDS = 600.0
+QUEUED = "cluster.queue={kind: kueue, name: uta}"
+"""KubeRay makes no pods of a suspended RayJob, whether or not there is a Kueue that lets it go."""
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +107,72 @@ def test_gpus_that_others_use(why: Callable[..., Cause], situations: Situations,
         assert "nvidia.com/gpu" in why("no node has enough free GPUs", "busy", *four).evidence
 
 
-def test_keys_that_the_store_refuses(why: Callable[..., Cause], cluster: Cluster, namespace: str) -> None:
+def test_keys_that_the_store_refuses_which_no_second_cluster_cures(
+    situations: Situations, cluster: Cluster, namespace: str
+) -> None:
     _secret(cluster, namespace, "wrong", {**{key: os.environ[key] for key in KEYS}, "AWS_SECRET_ACCESS_KEY": "違う"})
-    overrides = ("cluster.secrets=[wrong]", "cluster.attempts=1")
-    assert "cluster.secrets" in why("the store refuses the run", "denied", *overrides).cure
+    with situations.sent("denied", "cluster.secrets=[wrong]") as run:
+        assert "cluster.secrets" in cause_of(run, "the store refuses the run", SECONDS).cure
+        rayjob = ["get", "rayjobs", "-n", namespace, "-l", "utaforge/run=denied", "-o"]
+        eventually(lambda: cluster.kubectl(*rayjob, "jsonpath={.items[0].status.jobStatus}") == "STOPPED")
+        assert cluster.kubectl(*rayjob, "jsonpath={.items[0].status.failed}") in ("", "0")
+
+
+def test_a_queue_that_does_not_let_it_in(why: Callable[..., Cause]) -> None:
+    assert "localqueue" in why("it waits in the queue uta", "queued", QUEUED).cure
+
+
+def test_a_budget_of_hours_that_is_over(why: Callable[..., Cause]) -> None:
+    assert (
+        "raise budget.hours" in why("the budget's hours are over", "over", "budget.hours=0.002", "train.steps=1").cure
+    )
+
+
+def test_a_pod_that_takes_more_memory_than_it_has(
+    situations: Situations, cluster: Cluster, namespace: str, images: Images
+) -> None:
+    with situations.sent("memory", QUEUED) as run:
+        cluster.apply(_stray(run, namespace, images, "songs = ['さくら' * (1 << 20) for _ in range(1 << 20)]"))
+        cause = cause_of(run, "the worker ran out of memory", SECONDS)
+        assert "OOMKilled" in cause.evidence and "ram_gib" in cause.cure
+
+
+def test_a_pod_that_takes_more_shared_memory_than_it_has(
+    situations: Situations, cluster: Cluster, namespace: str, images: Images
+) -> None:
+    write = (
+        "import mmap; f = open('/dev/shm/歌', 'w+b'); f.truncate(1 << 24); mmap.mmap(f.fileno(), 0)[:] = bytes(1 << 24)"
+    )
+    with situations.sent("shared-memory", QUEUED) as run:
+        cluster.apply(_stray(run, namespace, images, write))
+        assert "(SIGBUS)" in cause_of(run, "the worker ran out of shared memory", SECONDS).evidence
+
+
+def _stray(run: Run, namespace: str, images: Images, program: str) -> dict[str, Any]:
+    """A pod that looks like a worker of ``run``, which waits in a queue, and does something else."""
+    attempt = run.newest_attempt()
+    assert attempt
+    container = {
+        "name": "ray-worker",
+        "image": images.name("trainer"),
+        "command": ["python", "-c", program],
+        "resources": {"limits": {"memory": "64Mi"}},
+        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": f"stray-{run.name}",
+            "namespace": namespace,
+            "labels": {"ray.io/node-type": "worker", SUBMISSION: attempt.submission},
+        },
+        "spec": {
+            "restartPolicy": "Never",
+            "containers": [container],
+            "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}],
+        },
+    }
 
 
 def _secret(cluster: Cluster, namespace: str, name: str, values: dict[str, str]) -> None:

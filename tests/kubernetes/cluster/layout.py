@@ -111,6 +111,11 @@ class Layout:
         return f"unix://{self.folder}/docker.sock"
 
     @property
+    def docker_config(self) -> Path:
+        """``DOCKER_CONFIG``: its plug-ins, and nobody's logins."""
+        return self.folder / "docker-config"
+
+    @property
     def containerd(self) -> Path:
         """Socket of the container runtime."""
         return self.folder / "containerd.sock"
