@@ -10,6 +10,7 @@ from launcher.backends.base import Backend, Say
 from launcher.backends.ray_jobs import RayJobs
 from launcher.runs import Run, all_runs, create_or_resume, find_run
 from trainer.spec import ClusterError, Job, JobError, StoreError, job_from_json
+from trainer.spec.cluster import Budget
 
 Jobs = Callable[..., Job]
 PLAN: dict[str, Any] = {"ranks": 2}
@@ -77,7 +78,8 @@ def test_a_changed_job_does_not_continue_a_run_and_the_fields_are_named(job: Job
 
 def test_where_and_how_often_may_change_between_attempts(job: Jobs) -> None:
     submitted(job())
-    run = submitted(job("cluster={backend: local, workers: 1}", "checkpoint.every=7", "tracking.experiment=別の実験"))
+    changed = job("cluster={backend: local, workers: 1}", "checkpoint.every=7", "tracking.experiment=別の実験")
+    run = submitted(changed.model_copy(update={"budget": Budget(hours=9)}))
     assert run.name == "demo"
     assert (run.job.checkpoint.every, run.job.tracking.experiment) == (7, "別の実験")
 
