@@ -44,7 +44,7 @@ class RunDirectory:
         return max(numbers, default=0)
 
     def began(self) -> float:
-        """When the first program of this attempt began, seconds since 1970: lost clusters count since, a queue does not."""
+        """When the first program of this attempt began, seconds since 1970: later clusters are told the same."""
         name = f"began/{self.attempt:04d}.json"
         self.store.create(name, json.dumps({"time": time.time()}).encode())
         return json.loads(self.store.get(name))["time"]

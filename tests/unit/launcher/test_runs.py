@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,12 @@ def submitted(job: Job, name: str | None = None) -> Run:
 
 def put(run: Run, path: str, content: dict[str, Any]) -> None:
     run.store.put(path, json.dumps(content, ensure_ascii=False).encode())
+
+
+def last_heard(run: Run, path: str, when: float) -> None:
+    """Let a file be as old as that."""
+    assert run.store.local
+    os.utime(run.store.local / path, (when, when))
 
 
 def attempted(run: Run, when: float) -> None:
@@ -146,7 +153,16 @@ def test_a_run_on_another_machine_counts_as_running_while_it_is_heard_of(job: Jo
     put(run, "attempts/0001.json", {**attempt, "time": time.time(), "submission": "demo-1", "token_file": None})
     with pytest.raises(ClusterError, match="run demo is at work already, on elsewhere since"):
         submitted(job())
-    put(run, "attempts/0001.json", {**attempt, "time": 1000.0, "submission": "demo-1", "token_file": None})
+    last_heard(run, "attempts/0001.json", 1000.0)
+    assert submitted(job()).name == "demo"
+
+
+def test_the_clock_of_whoever_submitted_a_run_does_not_say_how_long_it_is_silent(job: Jobs) -> None:
+    run = submitted(job())
+    ahead = {"time": time.time() + 3600, "submission": "demo-1", "token_file": None}
+    attempt = {"number": 1, "host": "elsewhere", "user": "歌", "backend": "local", "address": "http://127.0.0.1:1"}
+    put(run, "attempts/0001.json", {**attempt, **ahead})
+    last_heard(run, "attempts/0001.json", time.time() - 121)
     assert submitted(job()).name == "demo"
 
 
