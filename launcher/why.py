@@ -82,7 +82,9 @@ def _last_words(problem: str) -> str:
 def _raised(seen: Snapshot, told: str) -> Cause | None:
     """An error of the code, with the last frame of its traceback, where a log has one."""
     error = re.search(r"an error of its own: (.*)", told)
-    for name, lines in _newest_first(seen) if error else ():
+    if error is None:
+        return None
+    for name, lines in _newest_first(seen):
         frames = [line.strip() for line in lines if re.search(r'^(\(\w+ [^)]*\))?\s*File "', line)]
         if frames and any(error[1] in line for line in lines):
             return Cause(

@@ -157,7 +157,7 @@ def test_how_a_container_ended_tells_what_it_lacked(terminated: dict[str, Any], 
                 "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)",
                 "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                 "dataloader's workers are out of shared memory. Please try to raise your shared memory limit.",
-                "NCCL WARN Error: failed to extend /dev/shm/nccl-歌 to 9637892 bytes, error: No space left on device",
+                "fallocate: Failed to extend /dev/shm/nccl-歌 to 9637892 bytes, error: No space left on device (28)",
             )
         ),
         ("OSError: [Errno 28] No space left on device: '/tmp/歌.flac'", "the disk ran full"),
