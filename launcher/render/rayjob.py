@@ -26,7 +26,7 @@ DRAIN_SECONDS, GRACE_SECONDS = 100, 120
 """A node that is taken away gives its ranks this long; Kubernetes kills only after that."""
 START_SECONDS = 1200
 """How long the pods of one cluster are waited for: GPU nodes come up and images of some gigabytes are pulled. KubeRay
-tries the next cluster after that, as after any loss; what never comes up holds nodes for ``attempts`` times as long."""
+tries the next cluster after that, as after any loss: what never comes up holds nodes for ``attempts`` times as long."""
 OBJECT_STORE_BYTES = 256 << 20
 """Ray Train sends little through it; songs and weights never."""
 SCRATCH = "/tmp"  # noqa: S108
