@@ -6,7 +6,7 @@ from typing import cast
 
 from trainer.spec import Job, dump_job
 
-_MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"), ("retrain",))
+_MAY_DIFFER = (("cluster",), ("tracking",), ("checkpoint", "every"), ("budget",), ("retrain",))
 """What a run may change when it is continued: nothing that is learnt depends on it."""
 
 

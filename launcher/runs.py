@@ -251,6 +251,13 @@ class Run:
             updated=_clock(heard) if heard else None,
         )
 
+    def now(self) -> float:
+        """The store's clock, by which it says when files were written; this machine's where it may not be asked."""
+        try:
+            return self.store.now()
+        except StoreError:
+            return time.time()
+
     def cancel(self) -> None:
         """Ask the run to stop, and wait until it has.
 
@@ -317,7 +324,8 @@ class Run:
         if _RESULT in files or attempt.stopped:
             return "stopped"
         journal = files.get(_JOURNAL)
-        heard = max(attempt.time, journal.modified if journal else 0.0)
+        begun = files[_path(attempt)].modified  # attempt.time is by the clock of whoever submitted it
+        heard = max(begun, journal.modified if journal else 0.0)
         if _reachable(attempt):
             try:
                 status = ask(attempt)
@@ -327,8 +335,13 @@ class Run:
             else:
                 if status:
                     return "failed" if status.state == "failed" else "stopped" if status.over else "running"
-                heard = attempt.time  # it may be about to be submitted
-        return "running" if time.time() - heard < _SILENT_SECONDS else "stopped"
+                heard = begun  # it may be about to be submitted
+        return "stopped" if self._silent_since(heard) else "running"
+
+    def _silent_since(self, heard: float) -> bool:
+        """Whether it has been silent for so long that it counts as ended."""
+        long_ago = time.time() - heard > _SILENT_SECONDS + _SKEW_SECONDS
+        return long_ago or self.now() - heard >= _SILENT_SECONDS
 
     def _attempt(self, files: Mapping[str, Entry]) -> Attempt | None:
         newest = max((path for path in files if path.startswith(f"{_ATTEMPTS}/")), default=None)
@@ -358,6 +371,8 @@ class Run:
 
 _SILENT_SECONDS = 120.0
 """A run that cannot be asked about and that has been silent for so long counts as ended."""
+_SKEW_SECONDS = 3600.0
+"""By how much this machine's clock may be wrong; S3 refuses one that is 15 minutes off."""
 
 
 @dataclass(frozen=True)

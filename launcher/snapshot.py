@@ -49,6 +49,7 @@ class Objects:
         nodes: of the cluster, where a pod waits for one: their names, labels and taints.
         submitter: the last lines that the submitter said: the driver's, where the store refused them.
         unreachable: why the API server could not be asked.
+        now: when it was asked, by its own clock, seconds since 1970.
     """
 
     rayjob: Json | None = None
@@ -59,6 +60,7 @@ class Objects:
     nodes: list[Json] = field(default_factory=list[Json])
     submitter: list[str] = field(default_factory=list[str])
     unreachable: str | None = None
+    now: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Snapshot:
     """A run at one moment.
 
     Attributes:
-        now: the moment, seconds since 1970.
+        now: the moment, seconds since 1970, by the clock of a server that was asked: this machine's may be wrong.
         status: how it stands.
         attempt: its newest submission.
         failure: what that one's trainer has reported.
@@ -114,9 +116,10 @@ def gather(run: Run) -> Snapshot:
         failure = pool.submit(run.failure, attempt)
         logs = {path: pool.submit(_log, run, files[path]) for path in files if path.startswith("logs/")}
         journal, seen = files.get("metrics.jsonl"), objects.result() if objects else None
+        status = run.status((lambda _: _standing(seen)) if seen else None)
         return Snapshot(
-            time.time(),
-            run.status((lambda _: _standing(seen)) if seen else None),
+            (seen and seen.now) or (run.now() if status.state == "running" else time.time()),
+            status,
             attempt,
             failure.result(),
             {path.removeprefix("logs/"): log.result() for path, log in logs.items()},
@@ -160,6 +163,7 @@ def observe(api: Api, namespace: str, submission: str) -> Objects:
             [_lean(each) for each in pods.result()],
             _own(events.result(), submission),
             [_lean(each) for each in quotas.result()],
+            now=api.now,
         )
     if any(waits_for_node(pod) for pod in found.pods):
         found.nodes.extend(_node(each) for each in _seen(lambda: api.list("/api/v1/nodes")))

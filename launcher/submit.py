@@ -223,7 +223,7 @@ def _judge(run: Run, attempt: Attempt, status: JobStatus | None) -> None:
     reason = status.message.partition(", last available logs")[0].strip() if status else "its cluster has lost it"
     raise ClusterError(
         f"run {run.name} failed: {reason}",
-        f"see utaforge logs {run.name}; submitting again continues at step {run.newest_commit()}",
+        f"see utaforge why {run.name}; submitting again continues at step {run.newest_commit()}",
     )
 
 

@@ -68,8 +68,8 @@ def _reported(seen: Snapshot) -> Iterator[Cause]:
     known = _known(problem)
     if known:
         yield Cause(known[0], f"failure.json: {problem}", known[1])
-    elif "an error of its own" in problem and (place := _raised(seen)):
-        yield Cause(f"the code raised an error: {problem.partition(': ')[2]}", place, "correct it, then submit again")
+    elif raised := _raised(seen, problem):
+        yield raised
     else:
         yield Cause(problem, evidence, cure)
 
@@ -79,35 +79,55 @@ def _last_words(problem: str) -> str:
     return problem.splitlines()[0][:80]
 
 
-def _raised(seen: Snapshot) -> str | None:
-    """Where an error was raised: the last frame of the newest traceback."""
-    for name, log in sorted(seen.logs.items(), key=lambda item: -item[1].modified):
-        frames = [line.strip() for line in log.lines if re.match(r'\s*File "', line)]
-        if frames:
-            return f"{name}: {frames[-1]}"
+def _raised(seen: Snapshot, told: str) -> Cause | None:
+    """An error of the code, with the last frame of its traceback, where a log has one."""
+    error = re.search(r"an error of its own: (.*)", told)
+    if error is None:
+        return None
+    for name, lines in _newest_first(seen):
+        frames = [line.strip() for line in lines if re.search(r'^(\(\w+ [^)]*\))?\s*File "', line)]
+        if frames and any(error[1] in line for line in lines):
+            return Cause(
+                f"the code raised an error: {error[1]}", f"{name}: {frames[-1]}", "correct it, then submit again"
+            )
     return None
+
+
+def _newest_first(seen: Snapshot) -> Iterator[tuple[str, list[str]]]:
+    """Names and lines of the logs, and of the submitter's, which tells of a driver that could keep none."""
+    for name, log in sorted(seen.logs.items(), key=lambda item: -item[1].modified):
+        yield name, log.lines
+    if seen.objects:
+        yield "submitter", seen.objects.submitter
 
 
 _TEXTS: tuple[tuple[str, str, str], ...] = (
     (
-        r"CUDA out of memory|torch\.OutOfMemoryError|CUDA error: out of memory",
+        r"CUDA out of memory|torch\.OutOfMemoryError|CUDA error: out of memory|Cuda failure \d+ 'out of memory'",
         "the GPU ran out of memory",
         "lower train.batch.micro_seconds, set train.gradient_checkpointing: true, or take GPUs with more memory",
     ),
     (
-        r"Bus error|/dev/shm|shared memory (segment|object|file)|posix_fallocate",
+        r"Bus error|/dev/shm|shared memory (segment|object|file)|posix_fallocate|</torch_|shared memory\(shm\)",
         "a pod ran out of shared memory (/dev/shm)",
         "it has a quarter of the profile's ram_gib: write a profile of your own with more",
     ),
     (
-        r"OutOfMemoryError|running low on memory|OOMKilled|oom-kill|MemoryError|Cannot allocate memory",
+        r"OutOfMemoryError|ran out of memory|low on memory|low on resource: memory|OOMKilled|oom-kill|MemoryError"
+        r"|Cannot allocate memory",
         "a pod ran out of memory",
         "write a profile of your own with more ram_gib, or lower train.batch.micro_seconds",
     ),
     (
-        r"No space left on device|disk is full|low on resource: ephemeral-storage|exceeds the (total )?limit",
+        r"No space left on device|disk is full|low on resource: ephemeral-storage|exceeds the (total )?limit"
+        r"|exceeded its local ephemeral storage limit",
         "the disk ran full",
         "write a profile of your own with more disk_gib, or lower checkpoint.keep",
+    ),
+    (
+        r"the clocks differ too much",
+        "a clock is wrong: the store refuses what comes from where the run is",
+        "have the nodes set their clocks by NTP (chrony), the store's server too; then submit again",
     ),
     (
         r"permission was refused|AccessDenied|credentials (are wrong|were found)|InvalidAccessKeyId",
@@ -120,7 +140,12 @@ _TEXTS: tuple[tuple[str, str, str], ...] = (
         "give its address as pods see it: AWS_ENDPOINT_URL in one of cluster.secrets",
     ),
 )
-"""What programs say → what has happened, and the cure."""
+"""What programs say → what has happened, and the cure; the first that fits.
+
+torch 2.11: ``MapAllocator.cpp`` (its files in shared memory are called /torch_…), ``CUDACachingAllocator.cpp``,
+``alloc_cpu.cpp``, ``DataLoader.cpp``. NCCL: ``misc/shmutils.cc``, ``checks.h``. Ray 2.60: its memory monitor.
+Kubernetes 1.34: ``pkg/kubelet/eviction/helpers.go``. The rest are words of ``trainer.store`` and ``trainer.driver``.
+"""
 
 
 def _known(text: str) -> tuple[str, str] | None:
@@ -131,11 +156,13 @@ def _in_logs(seen: Snapshot) -> Iterator[Cause]:
     """What the last lines of logs tell, where the trainer had no time to say it."""
     if seen.failure:
         return
-    own = {"submitter": seen.objects.submitter} if seen.objects else {}
-    for name, lines in {**{name: log.lines for name, log in seen.logs.items()}, **own}.items():
+    for name, lines in _newest_first(seen):
         for line in reversed(lines):
             if known := _known(line):
                 yield Cause(known[0], f"{name}: {line.strip()}", known[1])
+                break
+            if raised := _raised(seen, line):
+                yield raised
                 break
     if lost := _of_log(seen, "a rank was lost"):
         yield Cause(
@@ -166,18 +193,31 @@ def _on_kubernetes(seen: Snapshot) -> Iterator[Cause]:
             "the cluster cannot be asked", objects.unreachable, "see kubectl version; the run itself does not mind"
         )
         return
-    yield from _refused(objects)
-    for pod in objects.pods:
-        yield from _container(objects, pod)
-    yield from _scheduling(objects)
+    yield from hindrances(objects, seen.now)
     yield from _taken(seen, objects)
     if objects.rayjob:
-        yield from _verdict(objects, objects.rayjob, seen.now)
+        yield from _verdict(objects, objects.rayjob)
     elif not seen.attempt or not seen.attempt.stopped:
         yield Cause(
             "its RayJob is gone: somebody has deleted it",
             f"there is no RayJob {seen.attempt.submission if seen.attempt else ''}",
             _GIVEN_BACK,
+        )
+
+
+def hindrances(objects: Objects, now: float) -> Iterator[Cause]:
+    """What keeps pods from coming up, ``now`` by the clock of the API server."""
+    yield from _refused(objects)
+    for pod in objects.pods:
+        yield from _container(objects, pod)
+    yield from _scheduling(objects)
+    rayjob: Json = objects.rayjob or {}
+    made = inside(rayjob, "metadata", "creationTimestamp")
+    if made and not rayjob.get("status") and now - _seconds(made) > UNSEEN_SECONDS:
+        yield Cause(
+            "KubeRay has not looked at the RayJob yet",
+            f"RayJob {rayjob['metadata']['name']}, made {made}: no status",
+            "see that its operator runs and watches this namespace; its log (kuberay-operator) may say why",
         )
 
 
@@ -390,15 +430,9 @@ def _preempted(kind: str, evidence: str) -> Cause:
     )
 
 
-def _verdict(objects: Objects, rayjob: Json, now: float) -> Iterator[Cause]:
+def _verdict(objects: Objects, rayjob: Json) -> Iterator[Cause]:
     """What KubeRay says of the whole."""
     status: Json = inside(rayjob, "status") or {}
-    if not status and now - _seconds(rayjob["metadata"]["creationTimestamp"]) > UNSEEN_SECONDS:
-        yield Cause(
-            "KubeRay has not looked at the RayJob yet",
-            f"RayJob {rayjob['metadata']['name']}, made {rayjob['metadata']['creationTimestamp']}: no status",
-            "see that its operator runs and watches this namespace; its log (kuberay-operator) may say why",
-        )
     state, reason, message = (str(status.get(name) or "") for name in ("jobDeploymentStatus", "reason", "message"))
     told = ": ".join(part for part in ("RayJob", state, reason, message.strip()[-500:]) if part)
     if state == "ValidationFailed":
@@ -420,7 +454,7 @@ def _verdict(objects: Objects, rayjob: Json, now: float) -> Iterator[Cause]:
             f"RayJob: {state or 'not started'}, spec.suspend: {json.dumps(rayjob['spec'].get('suspend', False))}",
             "wait; the queue's own state (kubectl describe localqueue) tells for what",
         )
-    lost = int(status.get("failed") or 0)
+    lost = int(status.get("failed") or 0) - (reason == "DeadlineExceeded")  # it counts the one that it ended, too
     if state == "Failed" and reason == "AppFailed":
         known = _known(message)
         yield Cause(

@@ -43,6 +43,12 @@ class RunDirectory:
         numbers = [int(PurePosixPath(entry.path).stem) for entry in self.store.list("attempts")]
         return max(numbers, default=0)
 
+    def began(self) -> float:
+        """When the first program of this attempt began, seconds since 1970: later clusters are told the same."""
+        name = f"began/{self.attempt:04d}.json"
+        self.store.create(name, json.dumps({"time": time.time()}).encode())
+        return json.loads(self.store.get(name))["time"]
+
     @property
     def finished(self) -> bool:
         """Whether it has its result."""
@@ -92,7 +98,7 @@ class RunDirectory:
             }
             self.store.put(FAILURE, json.dumps(told, ensure_ascii=False, indent=1).encode())
         except StoreError as unreachable:
-            log.error("the failure could not be written to the run directory: %s", unreachable)
+            log.error("%s\nthis could not be written to the run directory: %s", error, unreachable)
 
     def raise_reported_failure(self) -> None:
         """Raise what this attempt has reported, if it has; what an earlier one reported is forgotten."""

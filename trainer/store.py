@@ -291,6 +291,15 @@ class Store:
         self.put(probe, b"utaforge")
         self.delete([probe])
 
+    def now(self) -> float:
+        """The store's own clock, seconds since 1970: what it says of an object that is written and removed for that."""
+        probe = f".clock-{uuid.uuid4().hex}"
+        self.put(probe, b"")
+        with self._explained("read", probe) as key:
+            written = obstore.head(self._client(), key)["last_modified"]
+        self.delete([probe])
+        return written.timestamp()
+
     def _client(self, writing: bool = False) -> ObjectStore:
         folder = Path(self._root.removeprefix("file://")) if self._root.startswith("file://") else None
         if folder is not None and writing:
@@ -427,6 +436,11 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         r"169\.254\.169\.254|metadata\.google|169\.254\.170\.2|CredentialsError|MissingCredentials",
         "no credentials were found",
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (gs: GOOGLE_APPLICATION_CREDENTIALS)",
+    ),
+    (
+        r"RequestTimeTooSkewed",
+        "the clocks differ too much",
+        "set this machine's clock (timedatectl set-ntp true; in a pod: the node's), or the server's if that is wrong",
     ),
     (
         r"os error (13|1)\b|PermissionDenied|AccessDenied|403 Forbidden|Permission denied",

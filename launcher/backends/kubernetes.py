@@ -20,6 +20,8 @@ from trainer.store import Store, open_store
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
+LOOK_SECONDS = 5.0
+"""How often it is looked for what keeps pods from coming up."""
 LOST_SECONDS = 600.0
 """How long the API server may be out of reach of somebody who follows a run; the run itself does not mind."""
 ANSWER_SECONDS = 3.0
@@ -101,6 +103,7 @@ class KubernetesJobs:
     ) -> None:
         self.address = api.server
         self._namespace, self._api, self._render = namespace, api, render
+        self._looked = -LOOK_SECONDS
         self._path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}"
 
     def submit(self, submission: str, argv: Sequence[str]) -> None:
@@ -171,6 +174,7 @@ class KubernetesJobs:
             yield "queue", "waiting in the queue"
         if begun and not lost:
             return
+        yield from self._hindrances(rayjob["metadata"]["name"])
         selector = f"{SUBMISSION}={rayjob['metadata']['name']}"
         pods: list[Json] = []
         with suppress(ClusterError):
@@ -178,6 +182,19 @@ class KubernetesJobs:
         for pod in pods:
             kind = pod["metadata"]["labels"].get("ray.io/node-type", "submitter")
             yield pod["metadata"]["name"], f"{kind} {_how(pod)}"
+
+    def _hindrances(self, submission: str) -> Iterator[tuple[str, str]]:
+        """What keeps pods from coming up and what to do about it, as ``utaforge why`` has it."""
+        from launcher.snapshot import observe  # these two know of this module
+        from launcher.why import hindrances
+
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        with suppress(ClusterError):
+            objects = observe(self._api, self._namespace, submission)
+            for cause in hindrances(objects, objects.now or time.time()):
+                yield cause.what, f"{cause.what} → {cause.cure}"
 
 
 class _Lines:

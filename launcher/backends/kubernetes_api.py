@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Api:
     Attributes:
         context: the one in use; None inside the cluster.
         server: its address.
+        now: its clock at its last answer, seconds since 1970; None before that.
 
     Raises:
         ClusterError: there is no such context, or no cluster is known here.
@@ -66,6 +68,7 @@ class Api:
         settings.retries = False
         self.context = _configure(config, settings, context)
         self.server = str(settings.host)
+        self.now: float | None = None
         self._patience = patience
         self._settings, self._transport = settings, client.rest.RESTClientObject(settings)
 
@@ -140,6 +143,8 @@ class Api:
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self._unreachable(error) from None
+        if date := answer.headers.get("Date"):
+            self.now = parsedate_to_datetime(date).timestamp()
         if answer.status >= 400:
             told = _decoded(answer.data).get("message")
             raise self._refusal(answer.status, str(told or "no reason given"), path)

@@ -105,7 +105,7 @@ def _rayjob(job: Job, cluster: Kubernetes, plan: Plan, submission: Submission, p
         },
     }
     if job.budget.hours:
-        spec["activeDeadlineSeconds"] = round(job.budget.hours * 3600)
+        spec["activeDeadlineSeconds"] = round(job.budget.hours * 3600) + START_SECONDS  # if the driver does not end it
     if submission.code_url:
         spec["runtimeEnvYAML"] = f"py_modules: [{submission.code_url}]\n"
     if cluster.queue and cluster.queue.kind == "kueue":

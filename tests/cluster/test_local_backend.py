@@ -126,7 +126,7 @@ def test_places_that_ray_train_has_left_taken_are_given_back(cluster: tuple[Loca
     program = (
         "import ray; ray.init()\n"
         "from ray.util.placement_group import placement_group as take\n"
-        "from trainer.driver import free_places\n"
+        "from trainer.driver.attempt import free_places\n"
         "ray.get(take([{'CPU': 1}, {'CPU': 1}]).ready())\n"
         "free_places()\n"
         "ray.get(take([{'CPU': 1}, {'CPU': 1}]).ready(), timeout=60)\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.driver import why_lost
+from trainer.driver.attempt import why_lost
 
 MEMORY = """Training failed due to controller error:
 1 worker(s) were killed due to the node running low on memory. Top 10 memory users: 歌

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.driver import _log_kept
+from trainer.driver.attempt import _log_kept
 from trainer.rundir import RunDirectory
 from trainer.spec.errors import DataError, TrainingError
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -231,6 +232,23 @@ def test_secrets_in_a_servers_answer_are_not_repeated(monkeypatch):
     assert "AccessDenied, no …" in text
     assert "AKIDEXAMPLE" not in text
     assert "deadbeef" not in text
+
+
+def test_a_clock_that_the_store_refuses_is_no_lack_of_rights():
+    # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html, as obstore passes it on
+    answer = (
+        "PermissionDeniedError: 403 Forbidden: <Error><Code>RequestTimeTooSkewed</Code><Message>The difference between "
+        "the request time and the current time is too large.</Message></Error>"
+    )
+    error = _explain("read", "s3://歌", ValueError(answer))
+    assert error.problem.startswith("cannot read s3://歌: the clocks differ too much (RequestTimeTooSkewed")
+    assert "set this machine's clock" in error.cure
+
+
+def test_the_clock_of_a_store_is_told_by_what_it_writes_and_nothing_stays(store):
+    before = time.time()
+    assert before - 2 < store.now() < time.time() + 2
+    assert list(store.list()) == []
 
 
 def test_the_store_is_imported_without_torch_or_numpy():

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 from launcher.runs import Attempt, Status
 from launcher.snapshot import Log, Snapshot
 from launcher.why import QUIET_SECONDS, Cause, diagnose
+from trainer.data.shards import Shard
+from trainer.spec.errors import DataError, StoreError
+from trainer.store import open_store
 
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 
@@ -101,10 +105,16 @@ def test_a_deadline_is_told_by_what_kept_the_pods_where_they_never_came_up() -> 
 
 
 def test_a_budget_that_is_used_up_is_told_as_such() -> None:
-    late = _with_rayjob("gone", {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"})
-    assert late.objects
-    late.objects.pods.clear()
-    assert diagnose(late)[0].what == "the budget's hours are over"
+    """KubeRay counts the cluster that it ended as failed, too."""
+    for failed, others in (
+        (1, []),
+        (2, ["1 of 3 clusters were lost: the head was gone, or pods did not come up in time"]),
+    ):
+        told = {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded", "failed": failed}
+        late = _with_rayjob("gone", told)
+        assert late.objects
+        late.objects.pods.clear()
+        assert [cause.what for cause in diagnose(late)] == ["the budget's hours are over", *others]
 
 
 @pytest.mark.parametrize(
@@ -131,16 +141,159 @@ def test_how_a_container_ended_tells_what_it_lacked(terminated: dict[str, Any], 
     [
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "the GPU ran out of memory"),
         ("Task was killed due to the node running low on memory.", "a pod ran out of memory"),
+        ("a rank was lost: its machine or pod ran out of memory", "a pod ran out of memory"),
         (
-            "RuntimeError: unable to write to file </torch_歌>: /dev/shm is full",
-            "a pod ran out of shared memory (/dev/shm)",
+            "RuntimeError: [enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried "
+            "to allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)",
+            "a pod ran out of memory",
+        ),
+        ("RuntimeError: CUDA error: out of memory", "the GPU ran out of memory"),
+        ("NCCL WARN Cuda failure 2 'out of memory'", "the GPU ran out of memory"),
+        *(
+            (text, "a pod ran out of shared memory (/dev/shm)")
+            for text in (
+                "RuntimeError: unable to write to file </torch_1_2>: No space left on device (28)",
+                "RuntimeError: unable to mmap 4096 bytes from file </torch_1_2>: Cannot allocate memory (12)",
+                "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)",
+                "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                "dataloader's workers are out of shared memory. Please try to raise your shared memory limit.",
+                "fallocate: Failed to extend /dev/shm/nccl-歌 to 9637892 bytes, error: No space left on device (28)",
+            )
         ),
         ("OSError: [Errno 28] No space left on device: '/tmp/歌.flac'", "the disk ran full"),
+        (
+            "cannot read s3://歌/job.json: the clocks differ too much (RequestTimeTooSkewed)",
+            "a clock is wrong: the store refuses what comes from where the run is",
+        ),
+        (
+            "cannot write s3://歌/runs/uta: the server cannot be reached (http://127.0.0.1:9000)",
+            "the store cannot be reached from where the run is",
+        ),
     ],
 )
 def test_what_a_program_said_last_tells_what_it_lacked(line: str, what: str) -> None:
     cause = diagnose(_local("failed", ["step 1/40 · loss 2.5", line]))[0]
     assert (cause.what, cause.evidence) == (what, f"driver.log: {line}")
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        (
+            "The node was low on resource: memory. Threshold quantity: 100Mi, available: 9Mi. ",
+            "a pod ran out of memory",
+        ),
+        (
+            'Usage of EmptyDir volume "shared-memory" exceeds the limit "256Mi". ',
+            "a pod ran out of shared memory (/dev/shm)",
+        ),
+        ('Usage of EmptyDir volume "scratch" exceeds the limit "4Gi". ', "the disk ran full"),
+        ("Pod ephemeral local storage usage exceeds the total limit of containers 4Gi. ", "the disk ran full"),
+        ('Container ray-worker exceeded its local ephemeral storage limit "4Gi". ', "the disk ran full"),
+    ],
+)
+def test_what_the_kubelet_says_of_a_pod_that_it_evicts_tells_what_it_lacked(message: str, what: str) -> None:
+    """Its words: ``pkg/kubelet/eviction/helpers.go`` of Kubernetes 1.34.4."""
+    seen = snapshot("preempted")
+    assert seen.objects
+    labels = {"ray.io/node-type": "worker"}
+    evicted = {"phase": "Failed", "reason": "Evicted", "message": message}
+    seen.objects.pods[:] = [{"metadata": {"name": "歌", "labels": labels}, "spec": {}, "status": evicted}]
+    assert diagnose(seen)[0].what == what
+
+
+def test_gpus_that_others_use_are_told_before_nodes_of_another_kind() -> None:
+    """The scheduler's words: ``NodeResourcesFit`` and ``NodeAffinity`` of Kubernetes 1.34.4."""
+    seen = snapshot("no-gpu")
+    assert seen.objects
+    seen.objects.nodes.clear()
+    seen.objects.pods[:] = [
+        pod for pod in seen.objects.pods if pod["metadata"]["labels"]["ray.io/node-type"] == "worker"
+    ]
+    for pod in seen.objects.pods:
+        for condition in pod["status"]["conditions"]:
+            condition["message"] = (
+                "0/3 nodes are available: 1 node(s) didn't match Pod's node affinity/selector, "
+                "2 Insufficient nvidia.com/gpu. preemption: 0/3 nodes are available: 3 No preemption victims found."
+            )
+    cause = diagnose(seen)[0]
+    assert cause.what == "no node has enough free GPUs for the worker"
+    assert "2 Insufficient nvidia.com/gpu" in cause.evidence
+    assert "cluster.workers" in cause.cure
+
+
+def test_a_name_that_no_image_can_have_is_told() -> None:
+    """The kubelet's words: ``pkg/util/parsers/parsers.go`` of Kubernetes 1.34.4."""
+    seen = snapshot("gone")
+    assert seen.objects
+    message = (
+        'Failed to apply default image tag "歌/Uta": couldn\'t parse image name "歌/Uta": invalid reference format'
+    )
+    status = {"containerStatuses": [_waiting("歌/Uta", "InvalidImageName", message)]}
+    seen.objects.pods[:] = [{"metadata": {"name": "uta", "labels": {}}, "spec": {}, "status": status}]
+    cause = diagnose(seen)[0]
+    assert (cause.what, cause.evidence) == ("歌/Uta is no image's name", message)
+    assert "cluster.image" in cause.cure
+
+
+@pytest.mark.parametrize("state", ["Retrying", "Running", "Failed"])
+def test_a_head_that_is_gone_is_the_first_cause_where_nothing_keeps_the_next_one(state: str) -> None:
+    lost = _with_rayjob("head-lost", {"jobDeploymentStatus": state, "failed": 1})
+    assert lost.objects
+    lost.objects.pods.clear()
+    lost.objects.events.clear()
+    cause = diagnose(replace(lost, logs={}))[0]
+    assert cause.what == "1 of 3 clusters were lost: the head was gone, or pods did not come up in time"
+    assert ("submitting the job again" if state == "Failed" else "KubeRay makes the next one") in cause.cure
+
+
+def test_a_damaged_shard_is_told_as_the_store_and_the_reader_tell_it(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}")
+    store.publish({"shards/歌.parquet": b"whole"})
+    store.put("shards/歌.parquet", b"torn")
+    with pytest.raises(StoreError) as damaged:
+        store.fetch(tmp_path / "out")
+    (tmp_path / "破.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(DataError) as unreadable:
+        Shard(tmp_path / "破.parquet")
+    for error in (damaged.value, unreadable.value):
+        told = {"problem": error.problem, "cure": error.cure, "exit_code": error.exit_code}
+        cause = diagnose(replace(_local("failed", [error.problem]), failure=told))[0]
+        assert (cause.what, cause.evidence, cause.cure) == (error.problem, f"driver.log: {error.problem}", error.cure)
+        assert "parquet" in cause.what and "damaged" in cause.what
+
+
+def test_keys_that_the_store_refuses_are_told_though_the_driver_was_stopped_for_good() -> None:
+    stopped = {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED", "message": "Job was intentionally stopped."}
+    cause = diagnose(_with_rayjob("store-denied", stopped))[0]
+    assert cause.what == "the store refuses the run"
+    assert "SignatureDoesNotMatch" in cause.evidence and "cluster.secrets" in cause.cure
+
+
+def test_code_that_breaks_what_would_tell_it_is_read_from_the_submitter() -> None:
+    seen = _with_rayjob("store-denied", {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"})
+    assert seen.objects
+    told = "the trainer met an error of its own: SyntaxError: '(' was never closed (store.py, line 1)"
+    last = ['  File "/code/trainer/store.py", line 1', "    歌 = (", "SyntaxError: '(' was never closed"]
+    seen.objects.submitter[:] = [*last, "SyntaxError: '(' was never closed (store.py, line 1)", told]
+    cause = diagnose(seen)[0]
+    assert cause.what == "the code raised an error: SyntaxError: '(' was never closed (store.py, line 1)"
+    assert cause.evidence == 'submitter: File "/code/trainer/store.py", line 1'
+
+
+def test_a_rayjob_that_kuberay_does_not_see_is_told_by_the_servers_clock() -> None:
+    seen = _with_rayjob("gone", {})
+    assert seen.objects and seen.objects.rayjob
+    seen.objects.pods.clear()
+    seen.objects.clusters.clear()
+    seen.objects.events.clear()
+    seen.objects.rayjob["metadata"]["creationTimestamp"] = "2026-11-21T16:51:13Z"
+    made = datetime(2026, 11, 21, 16, 51, 13, tzinfo=UTC).timestamp()
+    unseen = "KubeRay has not looked at the RayJob yet"
+    assert [unseen in {cause.what for cause in diagnose(replace(seen, now=made + age))} for age in (29, 31)] == [
+        False,
+        True,
+    ]
 
 
 def test_an_error_of_the_code_is_shown_with_the_line_that_raised_it() -> None:
@@ -193,6 +346,10 @@ def _local(state: Any, lines: list[str]) -> Snapshot:
         now,
         None,
     )
+
+
+def _waiting(image: str, reason: str, message: str) -> dict[str, Any]:
+    return {"name": "ray", "image": image, "state": {"waiting": {"reason": reason, "message": message}}}
 
 
 def _with_rayjob(name: str, status: dict[str, Any], *, suspend: bool = False) -> Snapshot:

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +19,9 @@ from launcher.backends.kubernetes_api import Api, Refused
 from launcher.backends.kubernetes_checks import amount, checks
 from launcher.plan import plan
 from launcher.render.rayjob import Submission, manifests
+from launcher.runs import Run
+from launcher.snapshot import gather
+from launcher.why import diagnose
 from trainer.spec import ClusterError, Job, UtaforgeError
 from trainer.spec.cluster import Kubernetes
 from trainer.store import open_store
@@ -36,6 +41,8 @@ class Server(ThreadingHTTPServer):
         self.answers: dict[str, list[Answer | None]] = {}
         self.asked: list[tuple[str, str]] = []
         self.bodies: list[Any] = []
+        self.behind = 0.0
+        """Seconds that its clock is behind this machine's."""
 
     @property
     def url(self) -> str:
@@ -46,6 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, *_: object) -> None: ...
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string(time.time() - self.server.behind)
 
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
@@ -215,6 +225,37 @@ def test_following_gives_each_line_of_the_attempt_once_through_broken_connection
     assert "前の試み" not in lines
     assert "cluster 1 of at most 3 was lost; KubeRay makes the next one" in lines
     assert "head waits for a node: 0/1 nodes: 歌" in lines
+
+
+def test_what_keeps_pods_from_coming_up_is_told_with_its_cure_while_following(
+    server: Server, api: Api, tmp_path: Path
+) -> None:
+    message = 'FailedCreateHeadPod\npods "uta-head-" is forbidden: serviceaccount "uta-歌" not found'
+    refused = {"type": "ReplicaFailure", "status": "True", "message": message}
+    clusters = [{"metadata": {"name": "uta"}, "status": {"conditions": [refused]}}]
+    server.answers["/apis/ray.io/v1/namespaces/uta/rayclusters"] = [(200, {"items": clusters})]
+    server.answers[f"{RAYJOBS}/uta-abc-2"] = [rayjob(f"file://{tmp_path}/runs/uta", "Initializing")]
+    line = next(iter(KubernetesJobs("uta", api).follow("uta-abc-2")))
+    assert line.startswith("there is no service account uta-歌 in the namespace → make it")
+
+
+def test_a_clock_of_ones_own_that_is_ahead_makes_no_run_hang(server: Server, kubeconfig: Path, tmp_path: Path) -> None:
+    run = Run(open_store(f"file://{tmp_path}/runs/uta"))
+    attempt = {"number": 2, "time": 0.0, "host": "箱", "user": "歌", "backend": "kubernetes", "address": server.url}
+    named = {"submission": "uta-abc-2", "namespace": "uta", "context": "uta"}
+    files = {
+        "job.json": json.dumps({"train": {"steps": 9}}),
+        "attempts/0002.json": json.dumps(attempt | named),
+        "metrics.jsonl": json.dumps({"step": 3, "time": 0.0, "metrics": {"train/loss": 2.5}}),
+        "logs/rank-0.log": "step 3/9 · loss 2.5 · 1.00 steps/s · 6s left\n",
+    }
+    for path, text in files.items():
+        run.store.put(path, text.encode())
+        os.utime(tmp_path / "runs" / "uta" / path, (time.time() - 360, time.time() - 360))
+    server.answers[f"{RAYJOBS}/uta-abc-2"] = [rayjob(run.url, "Running", "RUNNING")]
+    assert diagnose(gather(run))[0].what == "it hangs: nothing was heard of its ranks for 6 minutes"
+    server.behind = 360.0
+    assert diagnose(gather(run)) == []
 
 
 def test_submitting_twice_makes_one_rayjob_and_another_runs_name_is_refused(

@@ -170,9 +170,16 @@ def test_without_an_image_the_cure_is_make_image(job: Jobs) -> None:
         rendered(on(job(), image=None))
 
 
-def test_the_hours_of_the_budget_are_its_deadline(job: Jobs) -> None:
+def test_kuberay_ends_what_is_still_there_after_the_budgets_hours_and_the_start_of_pods(job: Jobs) -> None:
     made, *_ = rendered(on(job().model_copy(update={"budget": Budget(hours=1.5)})))
-    assert made["spec"]["activeDeadlineSeconds"] == 5400
+    assert made["spec"]["activeDeadlineSeconds"] == 5400 + 1200
+
+
+def test_no_pod_of_ray_fetches_or_reports_anything_behind_its_back(job: Jobs) -> None:
+    cluster = rendered(on(job()))[0]["spec"]["rayClusterSpec"]
+    shut = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert variables(group["template"]).items() >= shut.items()
 
 
 @pytest.mark.parametrize("run", ["uta", "1-uta", "a" * 63, "songbloom-ja-" + "x" * 40 + "-12"])

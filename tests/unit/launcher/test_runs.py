@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from launcher.backends.base import Backend, Say
 from launcher.backends.ray_jobs import RayJobs
 from launcher.runs import Run, all_runs, create_or_resume, find_run
 from trainer.spec import ClusterError, Job, JobError, StoreError, job_from_json
+from trainer.spec.cluster import Budget
 
 Jobs = Callable[..., Job]
 PLAN: dict[str, Any] = {"ranks": 2}
@@ -21,6 +23,12 @@ def submitted(job: Job, name: str | None = None) -> Run:
 
 def put(run: Run, path: str, content: dict[str, Any]) -> None:
     run.store.put(path, json.dumps(content, ensure_ascii=False).encode())
+
+
+def last_heard(run: Run, path: str, when: float) -> None:
+    """Let a file be as old as that."""
+    assert run.store.local
+    os.utime(run.store.local / path, (when, when))
 
 
 def attempted(run: Run, when: float) -> None:
@@ -77,7 +85,8 @@ def test_a_changed_job_does_not_continue_a_run_and_the_fields_are_named(job: Job
 
 def test_where_and_how_often_may_change_between_attempts(job: Jobs) -> None:
     submitted(job())
-    run = submitted(job("cluster={backend: local, workers: 1}", "checkpoint.every=7", "tracking.experiment=別の実験"))
+    changed = job("cluster={backend: local, workers: 1}", "checkpoint.every=7", "tracking.experiment=別の実験")
+    run = submitted(changed.model_copy(update={"budget": Budget(hours=9)}))
     assert run.name == "demo"
     assert (run.job.checkpoint.every, run.job.tracking.experiment) == (7, "別の実験")
 
@@ -144,7 +153,16 @@ def test_a_run_on_another_machine_counts_as_running_while_it_is_heard_of(job: Jo
     put(run, "attempts/0001.json", {**attempt, "time": time.time(), "submission": "demo-1", "token_file": None})
     with pytest.raises(ClusterError, match="run demo is at work already, on elsewhere since"):
         submitted(job())
-    put(run, "attempts/0001.json", {**attempt, "time": 1000.0, "submission": "demo-1", "token_file": None})
+    last_heard(run, "attempts/0001.json", 1000.0)
+    assert submitted(job()).name == "demo"
+
+
+def test_the_clock_of_whoever_submitted_a_run_does_not_say_how_long_it_is_silent(job: Jobs) -> None:
+    run = submitted(job())
+    ahead = {"time": time.time() + 3600, "submission": "demo-1", "token_file": None}
+    attempt = {"number": 1, "host": "elsewhere", "user": "歌", "backend": "local", "address": "http://127.0.0.1:1"}
+    put(run, "attempts/0001.json", {**attempt, **ahead})
+    last_heard(run, "attempts/0001.json", time.time() - 121)
     assert submitted(job()).name == "demo"
 
 

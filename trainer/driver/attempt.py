@@ -1,6 +1,5 @@
-"""Ray Train around ``worker``: prepares the data, keeps the ranks alive, says how it ended.
+"""One attempt at a run: prepares the data, keeps the ranks alive, says how it ended.
 
-``python -m trainer.driver RUN_URL`` is what the launcher submits to Ray's Jobs API; its exit status is the run's.
 A rank that dies for reasons outside the run (killed, its node gone, a collective cut off) is started again from the
 newest commit; a rank that says why it cannot go on (``failure.json``) ends the run at once.
 
@@ -9,12 +8,12 @@ run as it did before.
 """
 
 import io
-import json
 import logging
 import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from trainer import gate
 from trainer.checkpoint import Checkpoints
+from trainer.driver.kuberay import stop_for_good, under_kuberay
 from trainer.mirror import Mirror
 from trainer.rundir import RunDirectory, unexpected
 from trainer.spec.errors import ClusterError, StoreError, UtaforgeError
@@ -36,28 +36,27 @@ FRUITLESS_ATTEMPTS = 3
 """Restarts in a row without a new commit before the run is given up."""
 GROUP_START_SECONDS = "600"
 """How long Ray Train waits for all ranks' processes: images are pulled and GPU nodes come up meanwhile."""
-STOP_SECONDS = 60.0
-"""How long Ray may take to end this process once asked."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the job whose run directory is named by the argument; returns the exit status."""
-    (run_url,) = argv if argv is not None else sys.argv[1:]
+def attempt(run_url: str) -> int:
+    """Bring the run at ``run_url`` to its result; returns the exit status.
+
+    Raises:
+        StoreError: not even the log can be kept there.
+    """
     run = RunDirectory(run_url)
-    with _log_kept(run) if _under_kuberay() else nullcontext():
+    with _log_kept(run) if under_kuberay() else nullcontext():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        status = _run(run)
-    if status and _under_kuberay():
-        _stop_for_good()
-    return status
+        return _run(run)
 
 
 def _run(run: RunDirectory) -> int:
     try:
         run.raise_reported_failure()
         if not run.finished:
-            _prepare(run)
-            fit(run)
+            with within_budget(run):
+                _prepare(run)
+                fit(run)
         if run.store.exists(gate.RETRAIN):
             gate.settle(run)
             gate.mirror(run)
@@ -69,6 +68,54 @@ def _run(run: RunDirectory) -> int:
         run.report_failure(told)
         return told.exit_code
     return 0
+
+
+@contextmanager
+def within_budget(run: RunDirectory) -> Iterator[None]:
+    """Ends the run, and this process, when the budget's hours are over: KubeRay counts them anew for every cluster.
+
+    What was learnt since the last checkpoint is lost then, so at most ``checkpoint.every`` steps.
+    """
+    hours = run.job.budget.hours
+    if hours is None:
+        yield
+        return
+    left = seconds_left(hours, run.began(), time.time())
+    if left <= 0:
+        raise _budget_over()
+    timer = threading.Timer(left, _give_up, (run,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def seconds_left(hours: float, began: float, now: float) -> float:
+    """What is left of a budget.
+
+    Args:
+        hours: of the budget.
+        began: when the first program of the attempt began, seconds since 1970, by the clock of its machine.
+        now: likewise, by this machine's clock, which may be behind.
+    """
+    return hours * 3600 - max(0.0, now - began)
+
+
+def _give_up(run: RunDirectory) -> None:
+    error = _budget_over()
+    log.error("%s", error)
+    run.report_failure(error)
+    if under_kuberay():
+        stop_for_good()
+    os._exit(error.exit_code)  # Ray ends the ranks of a program that is gone
+
+
+def _budget_over() -> ClusterError:
+    return ClusterError(
+        "the budget's hours are over", "raise budget.hours and submit again: it continues at the last checkpoint"
+    )
 
 
 def fit(run: RunDirectory) -> None:
@@ -136,6 +183,7 @@ def _prepare(run: RunDirectory) -> None:
 
 
 def _trainer(run: RunDirectory) -> "TorchTrainer":
+    from ray import cloudpickle
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -151,6 +199,7 @@ def _trainer(run: RunDirectory) -> "TorchTrainer":
             needless = DatasetsCallback, PlacementGroupCleanerCallback
             return [one for one in super()._create_default_callbacks() if not isinstance(one, needless)]
 
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's controller needs none of what is imported here
     gpus = run.plan["device"] == "cuda"
     return WithoutHelpers(
         _rank,
@@ -189,19 +238,6 @@ def _ray_storage(run: RunDirectory) -> dict[str, Any]:
     return {"storage_path": f"{path}/ray", "storage_filesystem": PyFileSystem(FSSpecHandler(fsspec.filesystem(scheme)))}
 
 
-def _under_kuberay() -> bool:
-    return "KUBERAY_GEN_RAY_START_CMD" in os.environ
-
-
-def _stop_for_good() -> None:
-    """End as stopped, not as failed: KubeRay would try what has failed again, on a new cluster."""
-    from ray.job_submission import JobSubmissionClient
-
-    told = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])
-    JobSubmissionClient("http://127.0.0.1:8265").stop_job(told["metadata"]["job_submission_id"])
-    time.sleep(STOP_SECONDS)
-
-
 @contextmanager
 def _log_kept(run: RunDirectory) -> Iterator[None]:
     """Copies what this program prints to ``logs/driver.log`` of the run, where it outlives the cluster."""
@@ -236,7 +272,3 @@ class _Both(io.TextIOBase):
 
     def fileno(self) -> int:
         return self._stream.fileno()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
