@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -38,10 +39,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         first.fixturenames += [fixture for module, fixture in BESIDE.items() if module in stems]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Bring the tests' own cluster up before the first test, which has a time limit: from nothing this takes longer."""
+    ours = any(Path(__file__).parent in item.path.parents for item in session.items)
+    if ours and not session.config.option.collectonly and not _somebodys() and not obstacles():
+        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+        up(Layout.of_environment(), terminal.write_line if terminal else print)
+
+
+def _somebodys() -> bool:
+    own = str(Layout.of_environment().kubeconfig)
+    return os.environ.get("KUBECONFIG", own) != own
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Cluster:
-    layout = Layout.of_environment()
-    if os.environ.get("KUBECONFIG", str(layout.kubeconfig)) != str(layout.kubeconfig):
+    if _somebodys():
         found = Cluster(os.environ, own=False)
         if RAY_CRD not in found.kubectl("get", "crd", "-o", "name"):
             pytest.skip("the cluster of KUBECONFIG has no KubeRay")
@@ -49,8 +62,7 @@ def cluster() -> Cluster:
     if reasons := obstacles():
         because = f"no cluster can be brought up here: {'; '.join(reasons)}"
         pytest.fail(because) if os.environ.get("CI") else pytest.skip(because)
-    up(layout, print)
-    return Cluster(os.environ | environment(layout), own=True)
+    return Cluster(os.environ | environment(Layout.of_environment()), own=True)
 
 
 @pytest.fixture
