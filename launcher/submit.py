@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.backends import open_backend
 from launcher.backends.base import Backend, Jobs, JobStatus, Say
+from launcher.down import tidy
 from launcher.plan import Plan
 from launcher.profiles import cores_here
 from launcher.runs import Attempt, Chosen, Run
@@ -107,6 +108,8 @@ def submit(job: Job, planned: Plan, chosen: Chosen, say: Say) -> Outcome:
 def see_through(run: Run, backend: Backend, jobs: Jobs, say: Say) -> None:
     """Make one attempt at ``run`` on a cluster that is up; returns when the run has its result, else raises why not."""
     attempt = run.begin_attempt(backend, jobs)
+    if backend.outlives:
+        tidy(run)
     _hand_over(run, backend, jobs, attempt, say)
     _judge(run, attempt, _follow(run, backend, jobs, attempt, say))
 
@@ -220,6 +223,8 @@ def _judge(run: Run, attempt: Attempt, status: JobStatus | None) -> None:
     """Raise what ended the run, unless it has its result. The status decides; the run directory says why."""
     if (status and status.state == "stopped") or (status is None and run.was_stopped(attempt)):
         raise _interrupted(run)
+    if status is None and run.finished:  # it was tidied away before it was asked about
+        return
     if status and status.state == "succeeded":
         if not run.finished:
             raise ClusterError(

@@ -49,12 +49,8 @@ class Refused(ClusterError):
     @property
     def lacks_right(self) -> str | None:
         """What the account may not do: ``get secrets``; None if it is something else that was refused."""
-        said = (
-            re.search(r"cannot (\w+) resource \"([^\"]+)\"", self.problem)
-            if self.code == HTTPStatus.FORBIDDEN
-            else None
-        )
-        return f"{said[1]} {said[2]}" if said else None
+        said = re.search(r'cannot (\w+) resource "([^"]+)"', self.problem)
+        return f"{said[1]} {said[2]}" if said and self.code == HTTPStatus.FORBIDDEN else None
 
 
 class Api:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from launcher.render.rayjob import JOB
 from launcher.retrain import NOTHING_TO_DO, REJECTED
 from launcher.runs import Busy
 from trainer.spec import Job, JobError
@@ -54,7 +55,7 @@ def cronjob(
             f"{job.name} runs on backend {job.cluster.backend}, which a CronJob cannot reach",
             "write cluster: {backend: kubernetes, …}",
         )
-    name, labels = f"{job.name}-retrain", {"app.kubernetes.io/name": "utaforge-launcher", "utaforge/job": job.name}
+    name, labels = f"{job.name}-retrain", {"app.kubernetes.io/name": "utaforge-launcher", JOB: job.name}
     files = {_JOB: text} | ({f"profiles/{job.cluster.profile}.yaml": profile} if profile else {})
     metadata = {"name": name, "namespace": job.cluster.namespace, "labels": labels}
     mounted = {"name": name, "items": [{"key": _key(path), "path": path} for path in files]}

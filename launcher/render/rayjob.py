@@ -18,15 +18,15 @@ from trainer.spec.cluster import Kubernetes
 
 RAY_VERSION = "2.60.0"
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
-RUN, SUBMISSION = "utaforge/run", "utaforge/submission"
-"""Labels of everything that belongs to a run, and to one submission of it; as annotation, ``RUN`` is the run's URL."""
+JOB, RUN, SUBMISSION = "utaforge/job", "utaforge/run", "utaforge/submission"
+"""Labels of what belongs to a job, to a run, and to one submission of it; as annotation, ``RUN`` is the run's URL."""
 NAME_LENGTH = 47
 USER = 1000
 DRAIN_SECONDS, GRACE_SECONDS = 100, 120
 """A node that is taken away gives its ranks this long; Kubernetes kills only after that."""
 START_SECONDS = 1200
 """How long the pods of one cluster are waited for: GPU nodes come up and images of some gigabytes are pulled. KubeRay
-tries the next cluster after that, as after any loss, so what never comes up holds nodes for ``attempts`` times as long."""
+tries the next cluster after that, as after any loss: what never comes up holds nodes for ``attempts`` times as long."""
 OBJECT_STORE_BYTES = 256 << 20
 """Ray Train sends little through it; songs and weights never."""
 SCRATCH = "/tmp"  # noqa: S108
@@ -111,7 +111,7 @@ def _rayjob(job: Job, cluster: Kubernetes, plan: Plan, submission: Submission, p
     if cluster.queue and cluster.queue.kind == "kueue":
         spec["suspend"] = True
     metadata = _metadata(cluster, submission)
-    metadata["labels"] |= queue
+    metadata["labels"] |= {JOB: job.name, **queue}
     metadata["annotations"] = {
         RUN: submission.run_url,
         "ray.io/disable-provisioned-head-restart": "true",  # a new head knows nothing of the job and waits for ever
