@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from launcher.backends.base import Say
-from launcher.backends.kubernetes import standing
+from launcher.backends.kubernetes import ANSWER_SECONDS, standing
 from launcher.backends.kubernetes_api import Api
 from launcher.render import inside
 from launcher.render.rayjob import GROUP, JOB, PLURAL, RUN, SUBMISSION, VERSION
@@ -85,14 +85,14 @@ def tidy(run: Run) -> None:
     A RayJob stays while only it tells how its run ended: nothing is lost. What cannot be asked or removed stays too.
 
     Args:
-        run: that is about to be submitted.
+        run: that is about to be submitted; its attempt has begun.
     """
     attempt = run.newest_attempt()
     if attempt is None or attempt.backend != "kubernetes":
         return
     path = _RAYJOBS.format(attempt.namespace)
     try:
-        api = Api(attempt.context)
+        api = Api(attempt.context, ANSWER_SECONDS)
         for rayjob in api.list(path, labelSelector=f"{JOB}={run.job.name}"):
             url, name = inside(rayjob, "metadata", "annotations", RUN) or "", rayjob["metadata"]["name"]
             same_store = url.rpartition("/")[0] == run.url.rpartition("/")[0]

@@ -108,8 +108,6 @@ def submit(job: Job, planned: Plan, chosen: Chosen, say: Say) -> Outcome:
 def see_through(run: Run, backend: Backend, jobs: Jobs, say: Say) -> None:
     """Make one attempt at ``run`` on a cluster that is up; returns when the run has its result, else raises why not."""
     attempt = run.begin_attempt(backend, jobs)
-    if backend.outlives:
-        tidy(run)
     _hand_over(run, backend, jobs, attempt, say)
     _judge(run, attempt, _follow(run, backend, jobs, attempt, say))
 
@@ -143,6 +141,8 @@ def _refusing(store_url: str) -> Iterator[UtaforgeError]:
 
 def _hand_over(run: Run, backend: Backend, jobs: Jobs, attempt: Attempt, say: Say) -> None:
     try:
+        if backend.outlives:
+            tidy(run)
         jobs.submit(attempt.submission, [backend.python, "-m", "trainer.driver", run.url])
         if backend.outlives:
             say(f"{backend.name} has it as {attempt.submission}; it goes on when this is closed")

@@ -134,7 +134,7 @@ class KubernetesJobs:
 
     def follow(self, submission: str) -> Iterator[str]:
         """See ``Jobs``: the driver's log as the run directory has it, and before there is one, what pods wait for."""
-        rayjob = self._api.get(f"{self._path}/{submission}")
+        rayjob = self._patiently(submission)
         if rayjob is None:
             return
         lines = _Lines(rayjob)

@@ -167,7 +167,9 @@ class _Secrets:
     def variables(self) -> dict[str, str]:
         """What pods get from them; the last of two with one key counts, as with ``envFrom``."""
         found = [self.get(name) for name in self._cluster.secrets]
-        data = {key: value for secret in found if secret for key, value in (inside(secret, "data") or {}).items()}
+        data: dict[str, str] = {}
+        for secret in found:
+            data |= inside(secret, "data") or {}
         return {key: base64.b64decode(value).decode("utf-8", "replace") for key, value in data.items()}
 
     def logins(self) -> dict[str, str]:

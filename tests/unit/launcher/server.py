@@ -9,7 +9,7 @@ Answer = tuple[int, Any]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers what ``answers`` has for a path, or for ``METHOD path``: the first of a list, the last again and again."""
+    """Answers what ``answers`` has for a path or ``METHOD path``: of a list the first, the last again and again."""
 
     daemon_threads = True
 
@@ -19,6 +19,7 @@ class Server(ThreadingHTTPServer):
         self.otherwise: Answer = (404, {"message": "not found"})
         self.asked: list[tuple[str, str]] = []
         self.bodies: list[Any] = []
+        self.headers: list[dict[str, str]] = []
 
     @property
     def url(self) -> str:
@@ -33,6 +34,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         self.server.asked.append((self.command, path))
+        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
         if size := int(self.headers.get("Content-Length") or 0):
             read = self.rfile.read(size)
             if self.command == "POST":
