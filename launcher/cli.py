@@ -118,7 +118,7 @@ def prepare(job_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @cli.command()
 @_job_argument
 @click.option("--run", "run_name", metavar="NAME", help="Continue this run, or start one of this name.")
-@click.option("--yes", is_flag=True, help="Do not ask, even where it costs money.")
+@click.option("--yes", is_flag=True, help="Do not ask, even where it may cost money.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and what would be sent, as YAML; send nothing.")
 def submit(job_path: str, overrides: tuple[str, ...], run_name: str | None, yes: bool, dry_run: bool) -> None:
     """Run a job: start the cluster, train, follow. The same job again continues where it was."""
@@ -135,8 +135,8 @@ def submit(job_path: str, overrides: tuple[str, ...], run_name: str | None, yes:
         _show_manifests(job, planned, run_name or job.name)
         return
     show.plan(planned)
-    if planned.usd is not None and not yes:
-        click.confirm(f"This costs at least {planned.usd:,.2f} USD. Go on?", abort=True)
+    if planned.backend != "local" and not yes:
+        click.confirm(f"The bill for this is {show.money(planned)}. Go on?", abort=True)
     check(job, planned)
     chosen = create_or_resume(job, planned.as_json(), run_name)
     click.echo(chosen.news)

@@ -1,17 +1,21 @@
 """Taking runs down: what they have on clusters goes, their run directories stay."""
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from launcher.backends.base import Say
+from launcher.backends.kubernetes import ANSWER_SECONDS, standing
 from launcher.backends.kubernetes_api import Api
 from launcher.render import inside
-from launcher.render.rayjob import GROUP, PLURAL, RUN, SUBMISSION, VERSION
+from launcher.render.rayjob import GROUP, JOB, PLURAL, RUN, SUBMISSION, VERSION
 from launcher.runs import READERS, Run
-from trainer.spec.errors import ClusterError
+from trainer.spec.errors import ClusterError, UtaforgeError
+from trainer.store import open_store
 
+log = logging.getLogger(__name__)
 GONE_SECONDS = 300.0
 """Workers have a grace period of two minutes, and Kubernetes takes its time to notice."""
 POLL_SECONDS = 0.5
@@ -73,6 +77,37 @@ def take_down(found: Iterable[Remains], say: Say) -> None:
         say(f"run {one.run.name} is down; its run directory stays: {one.run.url}")
     for place, names in leaving.items():
         _see_off(place, names, say)
+
+
+def tidy(run: Run) -> None:
+    """Remove the RayJobs of ended submissions of the job of ``run``, which would pile up to the namespace's quota.
+
+    A RayJob stays while only it tells how its run ended: nothing is lost. What cannot be asked or removed stays too.
+
+    Args:
+        run: that is about to be submitted; its attempt has begun.
+    """
+    attempt = run.newest_attempt()
+    if attempt is None or attempt.backend != "kubernetes":
+        return
+    path = _RAYJOBS.format(attempt.namespace)
+    try:
+        api = Api(attempt.context, ANSWER_SECONDS)
+        for rayjob in api.list(path, labelSelector=f"{JOB}={run.job.name}"):
+            url, name = inside(rayjob, "metadata", "annotations", RUN) or "", rayjob["metadata"]["name"]
+            same_store = url.rpartition("/")[0] == run.url.rpartition("/")[0]
+            if same_store and standing(rayjob).over and _tells_end(Run(open_store(url)), name):
+                api.delete(f"{path}/{name}")
+    except UtaforgeError as error:
+        log.debug("not tidied up: %s", error.problem)
+
+
+def _tells_end(run: Run, submission: str) -> bool:
+    """Whether the run directory says how a submission has ended, or a later one has taken its place."""
+    attempt = run.newest_attempt()
+    if attempt is None or attempt.submission != submission or attempt.stopped:
+        return True
+    return run.finished or run.failure(attempt) is not None
 
 
 def _at_work(run: Run) -> bool:

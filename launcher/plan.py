@@ -45,8 +45,8 @@ class Plan:
         device_bytes: that one rank can have.
         hours: the least it can take; None where nothing can be said.
         hours_basis: what that rests on.
-        usd: the least it can cost; None where nobody sends a bill or hours are unknown.
-        usd_basis: what that rests on.
+        usd: what ``hours`` cost; None where nobody sends a bill, or no price is known, or hours are unknown.
+        usd_basis: what that rests on, and whether it is the least or, of spot nodes without a price, the most.
         checks: what looks odd and is allowed.
     """
 
@@ -259,12 +259,12 @@ def _usd(job: Job, profile: Profile, machines: int, hours: float | None) -> tupl
     if job.cluster.backend == "local":
         return None, "this machine"
     if not profile.prices or hours is None:
-        return None, "no price known"
-    price, kind = profile.prices[0], "on demand"
-    usd = price.usd_per_hour
-    if getattr(job.cluster, "spot", False) and price.spot_usd_per_hour:
-        usd, kind = price.spot_usd_per_hour, "spot"
-    basis = f"at least: {machines} × {price.machine}, {usd:g} USD an hour {kind}, {price.source}, {price.as_of}"
+        return None, "no price known" if hours is not None else "the time is not known"
+    price, spot = profile.prices[0], getattr(job.cluster, "spot", False)
+    usd = (price.spot_usd_per_hour if spot else None) or price.usd_per_hour
+    kind = "spot" if spot and price.spot_usd_per_hour else "on demand"
+    bound = "at most for these hours, since spot is cheaper" if spot and kind != "spot" else "at least"
+    basis = f"{bound}: {machines} × {price.machine}, {usd:g} USD an hour {kind}, {price.source}, {price.as_of}"
     return hours * machines * usd, basis
 
 

@@ -22,7 +22,7 @@ from launcher.backends.base import Say
 from launcher.differences import differences
 from launcher.plan import plan
 from launcher.runs import Busy, Run, create_or_resume, find_run, free_name, runs_of, runs_of_job
-from launcher.submit import submit
+from launcher.submit import check, submit
 from trainer.spec import DataError, Job, JobError, UtaforgeError, dump_job
 from trainer.spec.data import ValidationSet
 from trainer.spec.model import Lora
@@ -134,6 +134,7 @@ def prepare(job: Job, trainer: Trainer) -> int:
 
 def _train(job: Job, name: str, champion: Document | None, data: Document, say: Say, beside: Path | None) -> Outcome:
     planned = plan(job, beside)
+    check(job, planned)
     run = Run(runs_of(job.store).at(name))
     with _claim(run, int(champion["number"]) if champion else 0):
         run.store.put("data.json", json.dumps(data, indent=1).encode())

@@ -276,7 +276,7 @@ class Run:
         deadline = time.monotonic() + STOP_SECONDS
         while (status := jobs.status(attempt.submission)) and not status.over:
             if time.monotonic() > deadline:
-                raise ClusterError(f"run {self.name} does not stop", "end its submit with Ctrl-C")
+                raise ClusterError(f"run {self.name} does not stop", _ended_by_hand(attempt))
             time.sleep(0.2)
         self.mark_stopped(attempt)
 
@@ -511,6 +511,16 @@ def _busy(name: str, where: str) -> Busy:
     return Busy(
         f"run {name} is at work already, {where}",
         f"wait for it (utaforge logs -f {name}), stop it (utaforge cancel {name}), or start another: --run NEW-NAME",
+    )
+
+
+def _ended_by_hand(attempt: Attempt) -> str:
+    """What ends an attempt that does not mind being asked."""
+    if attempt.backend != "kubernetes":
+        return "end its submit with Ctrl-C"
+    return (
+        f"see kubectl -n {attempt.namespace} describe rayjob {attempt.submission}: KubeRay has to take it away, so see "
+        "that its operator runs; then cancel again"
     )
 
 

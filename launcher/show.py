@@ -45,6 +45,13 @@ def plan(planned: Plan) -> None:
     _rows(f"plan of {planned.job}", _plan_rows(planned))
 
 
+def money(planned: Plan) -> str:
+    """What a plan costs."""
+    if planned.usd is None:
+        return f"{'none' if planned.backend == 'local' else 'unknown'}: {planned.usd_basis}"
+    return f"{planned.usd:,.2f} USD ({planned.usd_basis})"
+
+
 def manifests(planned: Plan, documents: Sequence[dict[str, Any]]) -> None:
     """Print what would be sent, as YAML that ``kubectl apply`` takes; the plan stands above as a comment."""
     lines = [f"plan of {planned.job}", *(f"  {name}: {value}" for name, value in _plan_rows(planned))]
@@ -76,12 +83,7 @@ def _plan_rows(planned: Plan) -> list[Row]:
             "time",
             f"{_hours(planned.hours)} ({planned.hours_basis})" if planned.hours is not None else planned.hours_basis,
         ),
-        (
-            "money",
-            f"{planned.usd:,.2f} USD ({planned.usd_basis})"
-            if planned.usd is not None
-            else f"none: {planned.usd_basis}",
-        ),
+        ("money", money(planned)),
         *(("note", check) for check in planned.checks),
     ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.backends import open_backend
 from launcher.backends.base import Backend, Jobs, JobStatus, Say
+from launcher.down import tidy
 from launcher.plan import Plan
 from launcher.profiles import cores_here
 from launcher.runs import Attempt, Chosen, Run
@@ -140,11 +141,14 @@ def _refusing(store_url: str) -> Iterator[UtaforgeError]:
 
 def _hand_over(run: Run, backend: Backend, jobs: Jobs, attempt: Attempt, say: Say) -> None:
     try:
+        if backend.outlives:
+            tidy(run)
         jobs.submit(attempt.submission, [backend.python, "-m", "trainer.driver", run.url])
         if backend.outlives:
             say(f"{backend.name} has it as {attempt.submission}; it goes on when this is closed")
     except (KeyboardInterrupt, UtaforgeError) as ended:
-        _stop(jobs, attempt)
+        if not _stop(jobs, attempt) and backend.outlives:
+            raise _perhaps_accepted(run, attempt, ended) from None
         run.mark_stopped(attempt)
         if isinstance(ended, UtaforgeError):
             raise
@@ -189,13 +193,22 @@ def _tell(lines: Iterable[str], told: list[str], say: Say) -> None:
             say(shown)
 
 
-def _stop(jobs: Jobs, attempt: Attempt) -> None:
-    """Give the run a chance to end by itself; closing the cluster ends it anyway."""
+def _stop(jobs: Jobs, attempt: Attempt) -> bool:
+    """Give the run a chance to end by itself (closing a local cluster ends it anyway).
+
+    Returns:
+        Whether its cluster was told, or has never heard of it.
+    """
+    told = False
     with suppress(ClusterError, KeyboardInterrupt):
         jobs.stop(attempt.submission)
+        told = True
+    with suppress(ClusterError, KeyboardInterrupt):
         deadline = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < deadline and (status := jobs.status(attempt.submission)) and not status.over:
+        while (status := jobs.status(attempt.submission)) and told and not status.over and time.monotonic() < deadline:
             time.sleep(0.2)
+        told = told or status is None
+    return told
 
 
 def _store_log(run: Run, told: list[str]) -> None:
@@ -210,6 +223,8 @@ def _judge(run: Run, attempt: Attempt, status: JobStatus | None) -> None:
     """Raise what ended the run, unless it has its result. The status decides; the run directory says why."""
     if (status and status.state == "stopped") or (status is None and run.was_stopped(attempt)):
         raise _interrupted(run)
+    if status is None and run.finished:  # it was tidied away before it was asked about
+        return
     if status and status.state == "succeeded":
         if not run.finished:
             raise ClusterError(
@@ -232,6 +247,13 @@ def _left(run: Run) -> Interrupted:
         f"run {run.name} goes on without you",
         f"follow it: utaforge logs -f {run.name}; end it: utaforge cancel {run.name}",
     )
+
+
+def _perhaps_accepted(run: Run, attempt: Attempt, ended: BaseException) -> UtaforgeError:
+    """For a submission that could neither be handed over nor taken back: the next one must not start it twice."""
+    kind, before = (ClusterError, f"{ended.problem}\n") if isinstance(ended, UtaforgeError) else (Interrupted, "")
+    cure = f"ask once the cluster answers: utaforge status {run.name}; end it: utaforge cancel {run.name}"
+    return kind(f"{before}run {run.name} may have been accepted nevertheless, as {attempt.submission}", cure)
 
 
 def _interrupted(run: Run) -> Interrupted:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from launcher.backends.base import Backend, JobStatus, Say
-from launcher.backends.kubernetes_api import Api, Json
+from launcher.backends.kubernetes_api import Api, Json, Refused
 from launcher.overlay import Overlay
 from launcher.plan import Plan
 from launcher.render import inside
@@ -137,7 +137,7 @@ class KubernetesJobs:
 
     def follow(self, submission: str) -> Iterator[str]:
         """See ``Jobs``: the driver's log as the run directory has it, and before there is one, what pods wait for."""
-        rayjob = self._api.get(f"{self._path}/{submission}")
+        rayjob = self._patiently(submission)
         if rayjob is None:
             return
         lines = _Lines(rayjob)
@@ -161,9 +161,11 @@ class KubernetesJobs:
             try:
                 return self._api.get(f"{self._path}/{submission}")
             except ClusterError as error:
-                if time.monotonic() > deadline:
-                    raise
+                for_good = isinstance(error, Refused) and not error.passing
+                if for_good or time.monotonic() > deadline:
+                    raise ClusterError(f"{error.problem}\n{submission} goes on unseen", error.cure) from None
                 log.debug("asking again: %s", error.problem)
+                time.sleep(POLL_SECONDS)
 
     def _news(self, rayjob: Json, *, begun: bool) -> Iterator[tuple[str, str]]:
         """What happens outside of the driver: (what it is about, news)."""
@@ -204,7 +206,7 @@ class _Lines:
         metadata = rayjob["metadata"]
         self._store: Store = open_store(metadata["annotations"][RUN])
         self._first = attempt_begins(int(metadata["name"].rpartition("-")[2]))
-        self._bytes, self._told = 0, 0
+        self._bytes, self._rest = 0, b""
         self.begun = False
 
     def new(self) -> Iterator[str]:
@@ -215,15 +217,16 @@ class _Lines:
     def _read(self) -> Iterator[str]:
         folder, _, name = DRIVER_LOG.rpartition("/")
         size = next((entry.bytes for entry in self._store.list(folder) if entry.path.endswith(name)), 0)
-        if size == self._bytes:
+        if size <= self._bytes:
             return
-        *lines, _ = self._store.get(DRIVER_LOG).decode("utf-8", "replace").split("\n")
+        told = self._rest + self._store.part(DRIVER_LOG, self._bytes, size)
+        *lines, self._rest = told.split(b"\n")
         self._bytes = size
-        if self._first in lines:
-            self.begun = True
-            own = lines[lines.index(self._first) + 1 :]
-            new, self._told = own[self._told :], len(own)
-            yield from new
+        for line in lines:
+            text = line.decode("utf-8", "replace")
+            if self.begun:
+                yield text
+            self.begun = self.begun or text == self._first
 
 
 def standing(rayjob: Json) -> JobStatus:

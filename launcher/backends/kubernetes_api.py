@@ -3,6 +3,7 @@
 Reference: https://kubernetes.io/docs/reference/using-api/api-concepts/.
 """
 
+import binascii
 import importlib
 import json
 import logging
@@ -13,6 +14,7 @@ import time
 import types
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,12 @@ class Refused(ClusterError):
     def passing(self) -> bool:
         """Whether it may answer otherwise in a moment: it is overloaded, or has not counted for a new quota yet."""
         return self.code in _PASSING or "status unknown for quota" in self.problem
+
+    @property
+    def lacks_right(self) -> str | None:
+        """What the account may not do: ``get secrets``; None if it is something else that was refused."""
+        said = re.search(r'cannot (\w+) resource "([^"]+)"', self.problem)
+        return f"{said[1]} {said[2]}" if said and self.code == HTTPStatus.FORBIDDEN else None
 
 
 class Api:
@@ -157,7 +165,7 @@ class Api:
         return Refused(code, f"the Kubernetes at {self.server} answered {code} to {path}: {message}", "see its logs")
 
     def _unreachable(self, error: Exception) -> ClusterError:
-        expired = "certificate" in str(error).lower()
+        expired = re.search("certificate|PEM", str(error), re.IGNORECASE)
         return ClusterError(
             f"the Kubernetes at {self.server} cannot be reached: {_reason(error)}",
             "its certificate or yours does not fit: get a new kubeconfig from whoever runs it"
@@ -222,13 +230,39 @@ def _configure(config: Any, settings: Any, context: str | None) -> str | None:
         if not readable:
             config.load_incluster_config(client_configuration=settings)
             return None
-        config.load_kube_config(files, context=context, client_configuration=settings)
+        _load(config, settings, files, context)
         return context or str(config.list_kube_config_contexts(files)[1]["name"])
-    except config.ConfigException as error:
+    except Exception as error:  # noqa: BLE001  (the client meets a broken file with whatever comes first)
         raise ClusterError(
-            f"the kubeconfig at {files} does not lead to a cluster: {error}",
-            f"see kubectl config get-contexts; cluster.context is {context or 'not given'}",
+            f"the kubeconfig at {files} does not lead to a cluster: {_fault(error)}",
+            "mend it, or get a new one, until kubectl get pods works; kubectl config get-contexts shows its contexts, "
+            f"and cluster.context is {context or 'not given'}",
         ) from None
+
+
+def _load(config: Any, settings: Any, files: str, context: str | None) -> None:
+    """Read a kubeconfig; a plug-in for credentials that fails, which the client only logs, is an error."""
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger().addHandler(listener)
+    try:
+        config.load_kube_config(files, context=context, client_configuration=settings)
+    finally:
+        logging.getLogger().removeHandler(listener)
+    if told and not settings.api_key and not settings.cert_file:
+        raise config.ConfigException(f"its plug-in gives no credentials: {told[-1]}")
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a kubeconfig, without what it holds: the client and YAML quote its secrets."""
+    if mark := getattr(error, "problem_mark", None):
+        return f"line {mark.line + 1} is no YAML"
+    if isinstance(error, binascii.Error):
+        return f"a certificate or key in it is no base64: {error}"
+    if isinstance(error, (AttributeError, KeyError, TypeError)):
+        return "it has not the fields of a kubeconfig"
+    return re.sub(r"/?\{.*", "", str(error), flags=re.DOTALL).strip() or type(error).__name__
 
 
 def _decoded(data: bytes) -> Json:

@@ -1,10 +1,13 @@
 """What would keep a RayJob from running, found before it is sent: everything at once, each with its cure.
 
-What the launcher may not look at counts as right: Kubernetes has the last word.
+What the launcher may not look at is said and counts as right: Kubernetes has the last word.
 """
 
+import base64
+import logging
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +24,7 @@ from trainer.spec import ClusterError, DataError, Job, UtaforgeError, dump_job
 from trainer.spec.cluster import Kubernetes
 from trainer.store import open_store
 
+log = logging.getLogger(__name__)
 _RIGHTS = (
     ("ray.io", "rayjobs", ("create", "get", "delete")),
     ("policy", "poddisruptionbudgets", ("create",)),
@@ -52,6 +56,7 @@ def checks(api: Api, job: Job, plan: Plan, made: list[Manifest]) -> Iterator[Uta
         lambda: _service_account(api, cluster),
         lambda: secrets.missing(),
         lambda: secrets.lacking(job),
+        lambda: _store(job, secrets),
         lambda: _image(cluster, secrets),
         lambda: _quota(api, cluster.namespace, made[0]),
         lambda: _nodes(api, plan, made[0]),
@@ -59,15 +64,17 @@ def checks(api: Api, job: Job, plan: Plan, made: list[Manifest]) -> Iterator[Uta
         lambda: _songs(job),
     )
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(_found, every):
-            yield from found
+        found = [error for each in pool.map(_found, every) for error in each]
+    unseen = {right for error in found if (right := isinstance(error, Refused) and error.lacks_right)}
+    if unseen:
+        log.warning("not checked, since you may not: %s", ", ".join(sorted(unseen)))
+    told = {str(error): error for error in found if not (isinstance(error, Refused) and error.lacks_right)}
+    yield from told.values()
 
 
 def _found(check: Callable[[], Iterator[UtaforgeError]]) -> list[UtaforgeError]:
     try:
         return list(check())
-    except Refused as refused:
-        return [] if refused.code == 403 else [refused]
     except UtaforgeError as error:
         return [error]
 
@@ -123,12 +130,16 @@ class _Secrets:
         """Those that are not there."""
         for field in ("secrets", "pull_secrets"):
             for name in getattr(self._cluster, field):
-                with suppress(Refused):
-                    if self.get(name) is None:
-                        yield ClusterError(
-                            f"cluster.{field}: there is no secret {name} in namespace {self._cluster.namespace}",
-                            f"make it: kubectl -n {self._cluster.namespace} create secret …; k8s/README.md shows how",
-                        )
+                try:
+                    there = self.get(name)
+                except Refused as refused:
+                    yield refused
+                    continue
+                if there is None:
+                    yield ClusterError(
+                        f"cluster.{field}: there is no secret {name} in namespace {self._cluster.namespace}",
+                        f"make it: kubectl -n {self._cluster.namespace} create secret …; k8s/README.md shows how",
+                    )
 
     def lacking(self, job: Job) -> Iterator[UtaforgeError]:
         """Keys that pods need and that no secret has."""
@@ -153,6 +164,14 @@ class _Secrets:
                 else "make a secret with these keys and name it there; k8s/README.md shows how",
             )
 
+    def variables(self) -> dict[str, str]:
+        """What pods get from them; the last of two with one key counts, as with ``envFrom``."""
+        found = [self.get(name) for name in self._cluster.secrets]
+        data: dict[str, str] = {}
+        for secret in found:
+            data |= inside(secret, "data") or {}
+        return {key: base64.b64decode(value).decode("utf-8", "replace") for key, value in data.items()}
+
     def logins(self) -> dict[str, str]:
         """For registries."""
         found = [self.get(name) for name in self._cluster.pull_secrets]
@@ -169,6 +188,56 @@ class _Secrets:
             f"/api/v1/namespaces/{self._cluster.namespace}/serviceaccounts/{self._cluster.service_account}"
         )
         return any(name in (inside(account, "metadata", "annotations") or ()) for name in _IDENTITIES)
+
+
+def _store(job: Job, secrets: _Secrets) -> Iterator[UtaforgeError]:
+    """Whether the store takes the keys that pods will have."""
+    if job.store.startswith("s3://") and (refusal := _refusal(job.store, secrets.variables())):
+        yield ClusterError(
+            f"cluster.secrets: {job.store} refuses the keys of the pods: {refusal}",
+            "put keys into the secret that may read, write and delete there",
+        )
+
+
+def _refusal(url: str, variables: Mapping[str, str]) -> str | None:
+    """Why a store is not for those who have ``variables``; None if it is, or if only pods can reach it."""
+    import obstore
+    from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+    from obstore.store import S3Store
+
+    key, secret = (variables.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"))
+    endpoint = next((variables[name] for name in _ENDPOINTS if variables.get(name)), None)
+    if not key or not secret or (endpoint is None and any(os.environ.get(name) for name in _ENDPOINTS)):
+        return None  # ``lacking`` tells of it
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    token = variables.get("AWS_SESSION_TOKEN")
+    config: Any = {"region": variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1"}
+    options: Any = {"connect_timeout": "3s", "timeout": "10s"}
+    if endpoint:
+        config["endpoint"], options["allow_http"] = endpoint, endpoint.startswith("http://")
+    store = S3Store(
+        bucket,
+        prefix=prefix or None,
+        config=config,
+        client_options=options,
+        retry_config={"max_retries": 0},
+        credential_provider=lambda: {
+            "access_key_id": key,
+            "secret_access_key": secret,
+            "token": token,
+            "expires_at": None,
+        },
+    )
+    probe = f".probe-{uuid.uuid4().hex}"
+    try:
+        obstore.put(store, probe, b"utaforge")
+        obstore.delete(store, probe)
+    except (PermissionDeniedError, UnauthenticatedError, FileNotFoundError) as error:
+        code = re.search(r"<Code>(\w+)</Code>", str(error))
+        return code[1] if code else type(error).__name__
+    except BaseError as error:
+        log.debug("not tried with the keys of pods: %s", type(error).__name__)
+    return None
 
 
 def _image(cluster: Kubernetes, secrets: _Secrets) -> Iterator[UtaforgeError]:
@@ -208,32 +277,40 @@ def _quota(api: Api, namespace: str, rayjob: Manifest) -> Iterator[UtaforgeError
 
 
 def _nodes(api: Api, plan: Plan, rayjob: Manifest) -> Iterator[UtaforgeError]:
-    """Whether the nodes, empty, have room for the workers; where nodes are made on demand nobody can tell."""
+    """Whether the nodes, empty, have room for each kind of pod; where nodes are made on demand nobody can tell."""
     nodes = api.list("/api/v1/nodes")
     if not nodes or any(label in _labels(node) for node in nodes for label in _MAKES_NODES):
         return
     with suppress(ClusterError):
         if api.list("/apis/karpenter.sh/v1/nodepools"):
             return
-    count, template = requests_of(rayjob)[1]
+    for kind, (count, template) in zip(("heads", "workers", "submitters"), requests_of(rayjob), strict=True):
+        if lacking := _no_room(nodes, kind, count, template, plan.profile):
+            yield lacking
+
+
+def _no_room(nodes: list[Json], kind: str, count: int, template: Manifest, profile: str) -> ClusterError | None:
     labelled = [node for node in nodes if has_labels(node, template["spec"])]
     open_to = [node for node in labelled if lets_in(node, template["spec"])]
     room = sum(_room(node, template) for node in open_to)
     if room >= count:
-        return
+        return None
+    place = "cluster.profile" if kind == "workers" else f"cluster.profile: for the {kind[:-1]}, which takes no GPU"
     if not labelled:
-        what = f"none of {len(nodes)} nodes has the labels that profile {plan.profile} looks for"
+        what = f"none of {len(nodes)} nodes has the labels that profile {profile} looks for"
         cure = (
             "kubectl get nodes --show-labels; put yours into a profile of your own beside the job (profiles/NAME.yaml)"
         )
     elif not open_to:
-        what = f"all {len(labelled)} nodes with the labels of profile {plan.profile} have taints or are cordoned"
+        what = f"all {len(labelled)} nodes with the labels of profile {profile} have taints or are cordoned"
         cure = "kubectl describe nodes; add their taints to tolerations in a profile of your own"
     else:
         wanted = ", ".join(f"{name} {value}" for name, value in _requests(template).items())
-        what = f"the {len(open_to)} nodes fit for it have room for {room} of {count} workers with {wanted} each"
+        what = f"the {len(open_to)} nodes fit for it have room for {room} of {count} {kind} with {wanted} each"
         cure = "take fewer cluster.workers, or say in a profile of your own what your nodes have"
-    yield ClusterError(f"cluster.profile: {what}", cure)
+    if kind != "workers":
+        cure = "add a node without taints, not a spot one, with room for it: kubectl describe nodes shows what there is"
+    return ClusterError(f"{place}: {what}", cure)
 
 
 def _queue(api: Api, cluster: Kubernetes) -> Iterator[UtaforgeError]:

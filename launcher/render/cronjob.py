@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from launcher.render.rayjob import JOB
 from launcher.retrain import NOTHING_TO_DO, REJECTED
 from launcher.runs import Busy
 from trainer.spec import Job, JobError
@@ -29,7 +30,9 @@ def cronjob(
 ) -> list[Manifest]:
     """A ConfigMap with the job file and the CronJob that runs ``utaforge retrain`` on it.
 
-    The launcher gets the secrets that the job's pods get (``cluster.secrets``): it reads and writes the same store.
+    The launcher gets the secrets that the job's pods get (``cluster.secrets``, ``cluster.pull_secrets``): it reads and
+    writes the same store, and its image comes from the same registry. ``cluster.context`` and ``cluster.code`` are of
+    the machine that the job was written on: in the cluster there is no kubeconfig, and what is trained is the image's.
 
     Both are called like the job with ``-retrain``, which is short enough: a job's name has 36 characters at most, a
     CronJob's 52. Nothing to do, a rejected candidate, and another retraining at work are no failures of the Kubernetes
@@ -52,7 +55,7 @@ def cronjob(
             f"{job.name} runs on backend {job.cluster.backend}, which a CronJob cannot reach",
             "write cluster: {backend: kubernetes, …}",
         )
-    name, labels = f"{job.name}-retrain", {"app.kubernetes.io/name": "utaforge-launcher", "utaforge/job": job.name}
+    name, labels = f"{job.name}-retrain", {"app.kubernetes.io/name": "utaforge-launcher", JOB: job.name}
     files = {_JOB: text} | ({f"profiles/{job.cluster.profile}.yaml": profile} if profile else {})
     metadata = {"name": name, "namespace": job.cluster.namespace, "labels": labels}
     mounted = {"name": name, "items": [{"key": _key(path), "path": path} for path in files]}
@@ -105,7 +108,7 @@ def _pod(config: Manifest, image: str, overrides: Sequence[str], cluster: Kubern
     container: Manifest = {
         "name": "launcher",
         "image": image,
-        "command": ["/bin/sh", "-c", _script(overrides)],
+        "command": ["/bin/sh", "-c", _script([*overrides, *_of_a_machine(cluster)])],
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "envFrom": [{"secretRef": {"name": secret}} for secret in cluster.secrets],
         "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}},
@@ -122,6 +125,7 @@ def _pod(config: Manifest, image: str, overrides: Sequence[str], cluster: Kubern
     return {
         "serviceAccountName": SERVICE_ACCOUNT,
         "restartPolicy": "Never",
+        **({"imagePullSecrets": [{"name": name} for name in cluster.pull_secrets]} if cluster.pull_secrets else {}),
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": UID,
@@ -135,6 +139,11 @@ def _pod(config: Manifest, image: str, overrides: Sequence[str], cluster: Kubern
             {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
         ],
     }
+
+
+def _of_a_machine(cluster: Kubernetes) -> list[str]:
+    """Overrides that take back what means nothing in a pod."""
+    return [f"cluster.{field}=null" for field in ("context", "code") if getattr(cluster, field) is not None]
 
 
 def _script(overrides: Sequence[str]) -> str:

@@ -18,8 +18,8 @@ from trainer.spec.cluster import Kubernetes
 
 RAY_VERSION = "2.60.0"
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
-RUN, SUBMISSION = "utaforge/run", "utaforge/submission"
-"""Labels of everything that belongs to a run, and to one submission of it; as annotation, ``RUN`` is the run's URL."""
+JOB, RUN, SUBMISSION = "utaforge/job", "utaforge/run", "utaforge/submission"
+"""Labels of what belongs to a job, to a run, and to one submission of it; as annotation, ``RUN`` is the run's URL."""
 NAME_LENGTH = 47
 USER = 1000
 DRAIN_SECONDS, GRACE_SECONDS = 100, 120
@@ -111,7 +111,7 @@ def _rayjob(job: Job, cluster: Kubernetes, plan: Plan, submission: Submission, p
     if cluster.queue and cluster.queue.kind == "kueue":
         spec["suspend"] = True
     metadata = _metadata(cluster, submission)
-    metadata["labels"] |= queue
+    metadata["labels"] |= {JOB: job.name, **queue}
     metadata["annotations"] = {
         RUN: submission.run_url,
         "ray.io/disable-provisioned-head-restart": "true",  # a new head knows nothing of the job and waits for ever

@@ -8,11 +8,20 @@ from pydantic import AfterValidator, Field
 
 from .base import PositiveFloat, PositiveInt, Spec, no_password
 
+LABEL = 63
+"""https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/: the longest value."""
+
+
+def _label(value: str) -> str:
+    if len(value) > LABEL:
+        raise ValueError(f"{value!r} has {len(value)} characters; a Kubernetes label, which it becomes, has {LABEL}")
+    return value
+
 
 def _profile(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
         raise ValueError(f"{value!r} is not a profile; write a name like t4x4, not a file")
-    return value
+    return _label(value)
 
 
 ProfileName = Annotated[str, AfterValidator(_profile)]
@@ -77,7 +86,7 @@ class Queue(Spec):
     """Who decides when a RayJob may start, where the cluster has a queueing system."""
 
     kind: Literal["kueue", "volcano"]
-    name: ObjectName
+    name: Annotated[ObjectName, AfterValidator(_label)]
     """Kueue's LocalQueue or Volcano's Queue."""
 
 

@@ -1,8 +1,12 @@
-from collections.abc import Callable
+import json
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from launcher.backends.kubernetes_api import Api
+from tests.unit.launcher.server import Server
 from trainer.spec import Job, load_job
 
 JOB = """\
@@ -37,3 +41,32 @@ def job_file(tmp_path: Path, store: str) -> Path:
 def job(job_file: Path) -> Callable[..., Job]:
     """A job, with overrides as for ``--set``."""
     return lambda *overrides: load_job(job_file, overrides)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as made:
+        thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def kubeconfig(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    config = {
+        "clusters": [{"name": "箱", "cluster": {"server": server.url}}],
+        "users": [{"name": "歌", "user": {"token": "secret"}}],
+        "contexts": [{"name": "uta", "context": {"cluster": "箱", "user": "歌"}}],
+        "current-context": "uta",
+    }
+    path = tmp_path / "kubeconfig"
+    path.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    return path
+
+
+@pytest.fixture
+def api(kubeconfig: Path) -> Api:
+    return Api()

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -47,6 +48,20 @@ def test_a_missing_run_is_code_3_and_wrong_usage_is_code_1(store: str, capsys: p
     assert "there is no run 'さくら'" in capsys.readouterr().err
     assert run(["status"]) == 1
     assert "Missing argument 'RUN'" in capsys.readouterr().err
+
+
+def test_a_bill_that_nobody_can_tell_is_asked_about_and_nothing_is_sent_without_a_yes(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(job_file.with_name("無い")))
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    cluster = "cluster={backend: kubernetes, profile: cpu, image: 'uta:1'}"
+    overrides = ("store=s3://uta", "data.train.0.dataset=s3://uta/歌", cluster)
+    given = [part for each in overrides for part in ("--set", each)]
+    assert run(["submit", str(job_file), *given]) == 130
+    told = capsys.readouterr()
+    assert "The bill for this is unknown: the time is not known. Go on?" in told.out
+    assert "kubeconfig" not in told.err
 
 
 def test_cancelling_what_does_not_run_is_code_5(

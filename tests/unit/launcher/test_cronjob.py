@@ -1,6 +1,7 @@
 """The CronJob as a value, and as the YAML of the command."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,25 @@ def test_only_a_failure_is_a_failed_kubernetes_job(job: Job, tmp_path: Path, cod
     assert done.returncode == seen
     told = (tmp_path / "arguments").read_text(encoding="utf-8")
     assert told == "retrain /etc/utaforge/job.yaml --set validation.prompts.0.tags=祭り さくら\n"
+
+
+def test_a_private_launcher_image_is_pulled_with_the_jobs_pull_secrets(job: Job) -> None:
+    def pod(job: Job) -> dict[str, Any]:
+        return cronjob(job, "")[1]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+
+    cluster = job.cluster.model_copy(update={"pull_secrets": ("registry",)})
+    assert pod(job.model_copy(update={"cluster": cluster}))["imagePullSecrets"] == [{"name": "registry"}]
+    assert "imagePullSecrets" not in pod(job)
+
+
+@pytest.mark.parametrize(("field", "value"), [("context", "歌の箱"), ("code", ".")])
+def test_what_is_of_the_laptop_alone_is_taken_back_in_the_pod(job: Job, field: str, value: str) -> None:
+    overridden = (f"cluster.{field}={value}",)
+    of_a_laptop = load_job(EXAMPLE / "job.yaml", overridden, to_run=False)
+    line = script(cronjob(of_a_laptop, "", overrides=overridden)).splitlines()[0]
+    given = [each for each in shlex.split(line)[3:] if each != "--set"]
+    assert given == [*overridden, f"cluster.{field}=null"]
+    assert getattr(load_job(EXAMPLE / "job.yaml", given, to_run=False).cluster, field) is None
 
 
 def test_the_job_file_reaches_the_pod_as_it_is(job: Job) -> None:

@@ -4,10 +4,8 @@ import base64
 import json
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,91 +20,13 @@ from launcher.render.rayjob import Submission, manifests
 from launcher.runs import Run
 from launcher.snapshot import gather
 from launcher.why import diagnose
+from tests.unit.launcher.server import Answer, Server
 from trainer.spec import ClusterError, Job, UtaforgeError
 from trainer.spec.cluster import Kubernetes
 from trainer.store import open_store
 
 Jobs = Callable[..., Job]
-Answer = tuple[int, Any]
 RAYJOBS = "/apis/ray.io/v1/namespaces/uta/rayjobs"
-
-
-class Server(ThreadingHTTPServer):
-    """Answers what ``answers`` has for a path: the first of a list, again and again once it is the last."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.answers: dict[str, list[Answer | None]] = {}
-        self.asked: list[tuple[str, str]] = []
-        self.bodies: list[Any] = []
-        self.behind = 0.0
-        """Seconds that its clock is behind this machine's."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: object) -> None: ...
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return super().date_time_string(time.time() - self.server.behind)
-
-    def _answer(self) -> None:
-        path = self.path.partition("?")[0]
-        self.server.asked.append((self.command, path))
-        if size := int(self.headers.get("Content-Length") or 0):
-            self.server.bodies.append(json.loads(self.rfile.read(size)))
-        answers = self.server.answers.get(path, [(404, {"message": f"{path} not found"})])
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        if answer is None:  # the connection breaks
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        code, body = answer
-        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_response(code)
-        if code == 401:
-            self.send_header("WWW-Authenticate", f'Bearer realm="{self.server.url}/token",service="uta",scope="pull"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    do_GET = do_POST = do_DELETE = do_HEAD = _answer
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def kubeconfig(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    config = {
-        "clusters": [{"name": "箱", "cluster": {"server": server.url}}],
-        "users": [{"name": "歌", "user": {"token": "secret"}}],
-        "contexts": [{"name": "uta", "context": {"cluster": "箱", "user": "歌"}}],
-        "current-context": "uta",
-    }
-    path = tmp_path / "kubeconfig"
-    path.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
-    monkeypatch.setenv("KUBECONFIG", str(path))
-    return path
-
-
-@pytest.fixture
-def api(kubeconfig: Path) -> Api:
-    return Api()
 
 
 REFUSALS = [
@@ -164,6 +84,45 @@ def test_without_a_kubeconfig_or_its_context_the_cure_is_to_get_one(
         Api("歌")
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig.with_name("無い")))
     with pytest.raises(ClusterError, match=r"there is no kubeconfig at .*無い"):
+        Api()
+
+
+BROKEN = {
+    "YAML": ("clusters: [\n  token: ひみつ: x", "line 2 is no YAML"),
+    "a bare string": ("歌", "it has not the fields of a kubeconfig"),
+    "empty": ("", "file is empty"),
+    "base64": ({"certificate-authority-data": "abc"}, {"token": "ひみつ"}, "is no base64"),
+    "a field": ({}, None, "Expected key user"),
+    "a plug-in": (
+        {},
+        {"exec": {"command": "無い-plugin", "apiVersion": "client.authentication.k8s.io/v1"}},
+        "無い-plugin",
+    ),
+    "a token's file": ({}, {"tokenFile": "/無い"}, "No such file or directory: '/無い'"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_kubeconfig_is_told_with_a_cure_and_without_its_secrets(kubeconfig: Path, kind: str) -> None:
+    *parts, told = BROKEN[kind]
+    text: Any = parts[0]
+    if len(parts) > 1:
+        user = {"user": parts[1]} if parts[1] else {"token": "ひみつ"}
+        changed = json.loads(kubeconfig.read_text(encoding="utf-8"))
+        changed["clusters"][0]["cluster"] = {"server": "https://127.0.0.1:1", **parts[0]}
+        changed["users"] = [{"name": "歌", **user}]
+        text = json.dumps(changed)
+    kubeconfig.write_text(text, encoding="utf-8")
+    with pytest.raises(ClusterError) as caught:
+        Api()
+    assert told in caught.value.problem
+    assert "kubectl get pods" in caught.value.cure
+    assert "ひみつ" not in str(caught.value)
+
+
+def test_a_folder_is_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path))
+    with pytest.raises(ClusterError, match="there is no kubeconfig at"):
         Api()
 
 
@@ -258,6 +217,31 @@ def test_a_clock_of_ones_own_that_is_ahead_makes_no_run_hang(server: Server, kub
     assert diagnose(gather(run)) == []
 
 
+def test_following_ends_at_once_when_the_credentials_have_expired(server: Server, api: Api, tmp_path: Path) -> None:
+    server.answers[f"{RAYJOBS}/uta-abc-2"] = [rayjob(f"file://{tmp_path}", "Running"), (401, {"message": "期限切れ"})]
+    with pytest.raises(ClusterError, match=r"期限切れ\nuta-abc-2 goes on unseen") as caught:
+        list(KubernetesJobs("uta", api).follow("uta-abc-2"))
+    assert "your credentials have expired" in caught.value.cure
+    assert len(server.asked) <= 4
+
+
+def test_a_letter_of_several_bytes_that_arrives_in_two_parts_is_one_letter(
+    server: Server, api: Api, tmp_path: Path
+) -> None:
+    run = open_store(f"file://{tmp_path}/runs/uta")
+    text = "attempt 2 begins\n歌\n".encode()
+    run.put("logs/driver.log", text[:-2])
+    pods = "/api/v1/namespaces/uta/pods"
+    server.answers[pods] = [(200, {"items": [{"metadata": {"name": "h", "labels": {}}, "status": {}}]})]
+    path = f"{RAYJOBS}/uta-abc-2"
+    server.answers[path] = [rayjob(run.url, "Running", failed=1), rayjob(run.url, "Complete", "SUCCEEDED")]
+    lines: list[str] = []
+    for line in KubernetesJobs("uta", api).follow("uta-abc-2"):
+        lines.append(line)
+        run.put("logs/driver.log", text)
+    assert lines[-1] == "歌"
+
+
 def test_submitting_twice_makes_one_rayjob_and_another_runs_name_is_refused(
     server: Server, api: Api, job: Jobs
 ) -> None:
@@ -301,7 +285,7 @@ def found(api: Api, job: Job) -> list[str]:
 
 @pytest.fixture
 def willing(server: Server) -> Server:
-    """A cluster on which nothing stands in the way: one node with four T4s and a taint."""
+    """A cluster on which nothing stands in the way: one node with four T4s and a taint, and one for heads."""
     namespace = "/api/v1/namespaces/uta"
     resources = {"cpu": "48", "memory": "190Gi", "nvidia.com/gpu": "4"}
     node = {
@@ -309,12 +293,13 @@ def willing(server: Server) -> Server:
         "spec": {"taints": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]},
         "status": {"allocatable": resources},
     }
+    plain = {"metadata": {}, "status": {"allocatable": {"cpu": "2", "memory": "8Gi"}}}
     server.answers |= {
         "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews": [(201, {"status": {"allowed": True}})],
         RAYJOBS: [(201, {})],
         f"{namespace}/serviceaccounts/utaforge-trainer": [(200, {"metadata": {}})],
         f"{namespace}/resourcequotas": [(200, {"items": []})],
-        "/api/v1/nodes": [(200, {"items": [node]})],
+        "/api/v1/nodes": [(200, {"items": [node, plain]})],
     }
     return server
 
@@ -345,6 +330,13 @@ def node(server: Server) -> dict[str, Any]:
     return server.answers["/api/v1/nodes"][0][1]["items"][0]  # type: ignore[index]
 
 
+def test_a_head_that_no_node_takes_is_told(willing: Server, api: Api, job: Jobs) -> None:
+    willing.answers["/api/v1/nodes"] = [(200, {"items": [node(willing)]})]
+    first, second = found(api, here(job()))
+    assert first.startswith("cluster.profile: for the head, which takes no GPU: all 1 nodes")
+    assert second.startswith("cluster.profile: for the submitter, which takes no GPU: all 1 nodes")
+
+
 def test_a_node_that_can_never_take_a_worker_is_told_by_its_reason(willing: Server, api: Api, job: Jobs) -> None:
     on_t4 = here(job())
     node(willing)["status"]["allocatable"]["nvidia.com/gpu"] = "2"
@@ -352,7 +344,7 @@ def test_a_node_that_can_never_take_a_worker_is_told_by_its_reason(willing: Serv
     node(willing)["spec"]["taints"].append({"key": "歌", "effect": "NoExecute"})
     assert "all 1 nodes with the labels of profile t4x4 have taints" in found(api, on_t4)[0]
     node(willing)["metadata"]["labels"] = {}
-    assert "none of 1 nodes has the labels that profile t4x4 looks for" in found(api, on_t4)[0]
+    assert "none of 2 nodes has the labels that profile t4x4 looks for" in found(api, on_t4)[0]
     node(willing)["metadata"]["labels"] = {"cloud.google.com/gke-nodepool": "歌"}
     assert found(api, on_t4) == []
 
@@ -362,10 +354,58 @@ def test_keys_that_no_secret_has_are_named(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     on_s3 = here(job(), secrets=("store",)).model_copy(update={"store": "s3://music"})
-    secret = "/api/v1/namespaces/uta/secrets/store"
-    willing.answers[secret] = [(200, {"data": {"AWS_ACCESS_KEY_ID": "歌"}})]
+    willing.answers[SECRET] = [secret(AWS_ACCESS_KEY_ID="歌")]
     assert found(api, on_s3) == ["cluster.secrets: the secrets store lack AWS_ENDPOINT_URL, AWS_SECRET_ACCESS_KEY"]
-    willing.answers[secret] = [(403, {"message": "forbidden"})]
+
+
+SECRET = "/api/v1/namespaces/uta/secrets/store"
+
+
+def secret(**keys: str) -> Answer:
+    return 200, {"data": {key: base64.b64encode(value.encode()).decode() for key, value in keys.items()}}
+
+
+def forbidden(verb: str, resource: str) -> Answer:
+    message = f'{resource} is forbidden: User "歌" cannot {verb} resource "{resource}" in API group "" in the namespace'
+    return 403, {"message": message}
+
+
+def test_what_may_not_be_looked_at_is_said_once_and_is_no_error(
+    willing: Server, api: Api, job: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    willing.answers[SECRET] = [forbidden("get", "secrets")]
+    willing.answers["/api/v1/nodes"] = [forbidden("list", "nodes")]
+    assert found(api, here(job(), secrets=("store",), pull_secrets=("store",))) == []
+    assert caplog.messages == ["not checked, since you may not: get secrets, list nodes"]
+
+
+REFUSED_OBJECTS = [
+    'admission webhook "歌.example" denied the request: no images from there',
+    'rayjobs.ray.io "uta-1" is forbidden: exceeded quota: uta, requested: count/rayjobs.ray.io=1, used: 50',
+]
+
+
+@pytest.mark.parametrize("message", REFUSED_OBJECTS, ids=["webhook", "quota"])
+def test_a_rayjob_that_the_server_does_not_admit_is_told(willing: Server, api: Api, job: Jobs, message: str) -> None:
+    willing.answers[RAYJOBS] = [(403, {"message": message})]
+    (told,) = found(api, here(job()))
+    assert message in told
+
+
+def test_the_store_is_tried_with_the_keys_of_the_pods(
+    willing: Server, api: Api, job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of this machine")
+    keys = {"AWS_ACCESS_KEY_ID": "uta", "AWS_SECRET_ACCESS_KEY": "ひみつの歌"}
+    on_s3 = here(job(), secrets=("store",)).model_copy(update={"store": "s3://music/歌"})
+    willing.answers[SECRET] = [secret(**keys, AWS_ENDPOINT_URL=willing.url)]
+    wrong = "<Error><Code>InvalidAccessKeyId</Code></Error>"
+    willing.otherwise = (403, wrong)
+    assert found(api, on_s3) == ["cluster.secrets: s3://music/歌 refuses the keys of the pods: InvalidAccessKeyId"]
+    willing.otherwise = (200, "")
+    assert found(api, on_s3) == []
+    assert not any("x-amz-security-token" in each for each in willing.headers)
+    willing.answers[SECRET] = [secret(**keys, AWS_ENDPOINT_URL="http://127.0.0.1:1")]
     assert found(api, on_s3) == []
 
 

@@ -149,6 +149,14 @@ def test_ranks_spread_evenly_over_machines_that_all_cost_money(job: Jobs) -> Non
         plan(kubernetes(job(), "t4x4", 5))
 
 
+def test_spot_without_a_price_of_its_own_costs_at_most_the_price_on_demand(job: Jobs) -> None:
+    spot = kubernetes(job(), "t4x4", 4, gradient_checkpointing=True)
+    on_demand = spot.model_copy(update={"cluster": spot.cluster.model_copy(update={"spot": False})})
+    assert plan(spot).usd == plan(on_demand).usd
+    assert plan(spot).usd_basis.startswith("at most for these hours, since spot is cheaper: 1 × ")
+    assert plan(on_demand).usd_basis.startswith("at least: 1 × ")
+
+
 def test_a_worker_without_a_gpu_has_the_profiles_memory_not_this_machines(job: Jobs) -> None:
     on_pods = job().model_copy(update={"cluster": Kubernetes(backend="kubernetes", profile="cpu", workers=2)})
     assert (plan(on_pods).machines, plan(on_pods).device_bytes) == (2, 4 * GIB)

@@ -58,6 +58,7 @@ def test_the_rayjob_says_how_it_starts_ends_and_is_tried_again(job: Jobs) -> Non
             "app.kubernetes.io/name": "utaforge",
             "utaforge/run": "uta",
             "utaforge/submission": SUBMISSION.name,
+            "utaforge/job": "demo",
         },
         "annotations": {"utaforge/run": URL, "ray.io/disable-provisioned-head-restart": "true"},
     }

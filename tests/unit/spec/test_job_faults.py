@@ -11,6 +11,7 @@ def faults(path: str, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
+LONG = 64 * "x"
 SCHEMA = [
     # what is replaced, by what, what is said
     (("  steps: 100\n", ""), "job.yaml:9:1: train.steps: is missing; write steps: <a whole number>"),
@@ -35,6 +36,17 @@ SCHEMA = [
     (
         ("name: uta", "name: uta\ncluster: {backend: kubernetes, profile: ../t4x4}"),
         "job.yaml:2:41: cluster.profile: '../t4x4' is not a profile; write a name like t4x4, not a file",
+    ),
+    (
+        ("name: uta", f"name: uta\ncluster: {{backend: kubernetes, profile: {LONG}}}"),
+        f"job.yaml:2:41: cluster.profile: '{LONG}' has 64 characters; a Kubernetes label, which it becomes, has 63",
+    ),
+    (
+        (
+            "name: uta",
+            f"name: uta\ncluster: {{backend: kubernetes, profile: cpu, queue: {{kind: kueue, name: {LONG}}}}}",
+        ),
+        f"job.yaml:2:73: cluster.queue.name: '{LONG}' has 64 characters; a Kubernetes label, which it becomes, has 63",
     ),
     (
         ("name: uta", "name: uta\nカラオケ: 1"),
