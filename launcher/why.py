@@ -137,6 +137,8 @@ def _in_logs(seen: Snapshot) -> Iterator[Cause]:
             if known := _known(line):
                 yield Cause(known[0], f"{name}: {line.strip()}", known[1])
                 break
+    if taken := _of_log(seen, "a machine is being taken away"):
+        yield _preempted("machine", taken)
     if lost := _of_log(seen, "a rank was lost"):
         yield Cause(
             "a rank was lost; the ranks went on from the last checkpoint",

@@ -37,7 +37,8 @@ class Room(Protocol):
 def train(job: Job, engine: Engine, steps: Loader, room: Room) -> None:
     """Train from where ``engine`` and ``steps`` stand to ``job.train.steps``.
 
-    A notice that a rank's machine is being taken away ends it earlier, with a checkpoint of the step.
+    A notice that a rank's machine is being taken away ends it earlier, with a checkpoint of that step.
+
     Every random draw of a step follows from the job's seed, the step and the rank, so that going on after a restart
     needs no generator's state. Raises ``TrainingError`` if the loss or the gradient is not finite.
     """

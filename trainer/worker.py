@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -353,10 +352,10 @@ def _device(kind: str) -> torch.device:
 @contextmanager
 def _sigterm() -> Iterator[Callable[[], bool]]:
     """Whether this process was asked to end."""
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     try:
-        yield asked.is_set
+        yield lambda: bool(asked)
     finally:
         signal.signal(signal.SIGTERM, before)
 

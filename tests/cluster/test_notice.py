@@ -1,13 +1,13 @@
-"""Whoever is told that its machine goes stops together with all others, at one step, with a checkpoint of it.
+"""Whoever is told that its machine goes stops together with all others, in one step, with a checkpoint of it.
 
-Two ranks without Ray; one run is given notice three times, another never: they end equal in every bit.
+Two ranks without Ray; one run is given notice, another of the same job never: they end equal in every bit.
 """
 
 import itertools
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,8 @@ from tests.cluster.ranks import Ranks, rank_of
 from trainer.data.prepare import prepare
 from trainer.spec import load_job
 
-STEPS = 40
-ASKED_TO_END = 128 + signal.SIGTERM
+STEPS, VALIDATED_EVERY, COMMITTED_EVERY = 24, 4, 24
+ENDED_AS_ASKED = 128 + signal.SIGTERM
 JOB = """\
 name: tsuyu
 store: file://{folder}
@@ -30,19 +30,20 @@ model: {{family: musicgen, pretrained: "random:tiny", segment_seconds: 5}}
 method: {method}
 data:
   train: [{{dataset: file://{songs}}}]
-  validation: {{fraction: 0.2, by: song}}
-  prepare: {{source: {{type: demo, style: b, songs: 10}}}}
-train: {{steps: 40, strategy: {strategy}, batch: {{seconds: 60, micro_seconds: 20}}, optimizer: {{lr: 1.0e-2}}}}
-checkpoint: {{every: 20}}
+  validation: {{fraction: 0.25, by: song}}
+  prepare: {{source: {{type: demo, style: b, songs: 8}}}}
+train: {{steps: {steps}, strategy: {strategy}, batch: {{seconds: 40, micro_seconds: 10}}, optimizer: {{lr: 1.0e-2}}}}
+checkpoint: {{every: {committed}}}
 validation:
-  every: 5
+  every: {validated}
   prompts: [{{tags: "梅雨 雨音", seconds: 0.5, seed: 1}}]
 cluster: {{backend: local, workers: 2}}
 """
+LORA, FULL = "{type: lora, rank: 4, alpha: 8, dropout: 0.2}", "{type: full}"
 
 
-def rank_told_at(run_url: str, told: int, step: int) -> None:
-    """A rank of which only ``told`` is given notice, in the ``step``-th step that it makes."""
+def rank_told(run_url: str, told: int, step: int) -> None:
+    """A rank; of all ranks, ``told`` alone is given notice, in the step of that number."""
     import torch.distributed as dist
 
     from trainer.worker import run_rank
@@ -54,8 +55,8 @@ def rank_told_at(run_url: str, told: int, step: int) -> None:
     assert not done
 
 
-def attempt(run: Path, target=rank_of, *arguments: object) -> Ranks:
-    return Ranks(2, run.parent, target, f"file://{run}", *arguments, UTAFORGE_HOME=str(run.parent / "home"))
+def attempt(run: Path, rank: Callable[..., None] = rank_of, *arguments: int) -> Ranks:
+    return Ranks(2, run.parent, rank, f"file://{run}", *arguments, UTAFORGE_HOME=str(run.parent / "home"))
 
 
 def commits(run: Path) -> list[int]:
@@ -75,72 +76,69 @@ def learnt(run: Path) -> list[tuple[int, str, float]]:
     ]
 
 
-def stopped(run: Path, times: int) -> list[int]:
-    """The steps at which both ranks say that they have stopped."""
-    said = [(run / "logs" / f"rank-{rank}.log").read_text(encoding="utf-8") for rank in range(2)]
-    steps = [[int(line.split()[-4]) for line in text.splitlines() if "given notice" in line] for text in said]
-    assert steps[0] == steps[1]
-    assert len(steps[0]) == times
-    return steps[0]
+def trained(folder: Path, name: str, method: str, strategy: str) -> Path:
+    """The directory of a new run in a store of its own."""
+    path = folder / f"{name}.yaml"
+    text = JOB.format(
+        folder=folder / "宿" / name,
+        songs=folder / "songs",
+        method=method,
+        strategy=strategy,
+        steps=STEPS,
+        validated=VALIDATED_EVERY,
+        committed=COMMITTED_EVERY,
+    )
+    path.write_text(text, encoding="utf-8")
+    job = load_job(str(path))
+    prepare(job)
+    return Path(create_or_resume(job, plan(job).as_json()).run.url.removeprefix("file://"))
+
+
+def same_in_every_bit(one: Path, other: Path, weights: str) -> None:
+    assert learnt(other) == learnt(one)
+    states = [str(path.relative_to(one)) for path in one.glob(f"checkpoints/step-{STEPS:08d}/*.safetensors")]
+    assert states
+    for file in (weights, *states):
+        expected, found = (load_file(run / file) for run in (one, other))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
+    kept = [{name: result[name] for name in ("steps", "loss_before", "loss_after", "best_step")} for result in results]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("method", "strategy", "weights"),
-    [
-        ("{type: lora, rank: 4, alpha: 8, dropout: 0.2}", "ddp", "adapter/adapter_model.safetensors"),
-        ("{type: full}", "zero2", "model/model.safetensors"),
-    ],
-)
-def test_a_run_given_notice_three_times_ends_as_the_one_that_was_not(
-    method: str, strategy: str, weights: str, tmp_path: Path
-) -> None:
-    runs: list[Path] = []
-    for name in ("whole", "noticed"):
-        path = tmp_path / f"{name}.yaml"
-        store = tmp_path / "宿" / name
-        text = JOB.format(folder=store, songs=tmp_path / "songs", method=method, strategy=strategy)
-        path.write_text(text, encoding="utf-8")
-        job = load_job(str(path))
-        prepare(job)
-        create_or_resume(job, plan(job).as_json())
-        runs.append(store / "runs" / "tsuyu")
-    whole, noticed = runs
+def test_a_run_given_notice_twice_ends_as_the_one_that_was_not(tmp_path: Path) -> None:
+    whole, noticed = (trained(tmp_path, name, LORA, "ddp") for name in ("whole", "noticed"))
     attempt(whole).end()
 
-    attempt(noticed, rank_told_at, 1, 3).end()
-    assert commits(noticed) == stopped(noticed, 1) == [3]
+    attempt(noticed, rank_told, 1, 3).end()
+    assert commits(noticed) == [3]
     assert journal(noticed)[-1]["end"] == "KILLED"
 
-    attempt(noticed, rank_told_at, 0, 2).end()  # in a step after which validation is due
-    assert commits(noticed) == stopped(noticed, 2) == [3, 5]
-
     asked = attempt(noticed)
-    eventually(lambda: "step 7/" in asked.logs[0].read_text(encoding="utf-8"))
+    eventually(lambda: "step 6/" in asked.logs[0].read_text(encoding="utf-8"))
     assert asked.processes[1].pid
     os.kill(asked.processes[1].pid, signal.SIGTERM)
     for process in asked.processes:
-        process.join(100)
-    assert [process.exitcode for process in asked.processes] == [ASKED_TO_END] * 2
-    *_, last = stopped(noticed, 3)
-    assert 7 <= last < STEPS
-    assert commits(noticed)[-1] == last
+        process.join(300)
+    assert [process.exitcode for process in asked.processes] == [ENDED_AS_ASKED] * 2
+    assert 6 <= commits(noticed)[-1] < STEPS
+    for rank in range(2):
+        said = (noticed / "logs" / f"rank-{rank}.log").read_text(encoding="utf-8")
+        for step in commits(noticed):
+            assert f"given notice: stopped at step {step} with a checkpoint\n" in said
 
     attempt(noticed).end()
-    assert learnt(noticed) == learnt(whole)
     assert [entry["end"] for entry in journal(noticed) if "end" in entry] == ["FINISHED"]
-    same_tensors(whole, noticed, weights)
+    same_in_every_bit(whole, noticed, "adapter/adapter_model.safetensors")
 
 
-def same_tensors(whole: Path, noticed: Path, weights: str) -> None:
-    files: Sequence[str] = [
-        weights,
-        *(str(p.relative_to(whole)) for p in whole.glob("checkpoints/step-00000040/*.safetensors")),
-    ]
-    for file in files:
-        expected, found = (load_file(run / file) for run in (whole, noticed))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    results = [json.loads((run / "result.json").read_text()) for run in (whole, noticed)]
-    kept = [{name: result[name] for name in ("steps", "loss_before", "loss_after", "best_step")} for result in results]
-    assert kept[0] == kept[1]
+@pytest.mark.timeout(900)
+def test_a_full_fine_tune_given_notice_where_validation_is_due_commits_the_shares_of_all_ranks(tmp_path: Path) -> None:
+    whole, noticed = (trained(tmp_path, name, FULL, "zero2") for name in ("whole", "noticed"))
+    attempt(whole).end()
+    attempt(noticed, rank_told, 0, VALIDATED_EVERY).end()
+    assert commits(noticed) == [VALIDATED_EVERY]
+    attempt(noticed).end()
+    same_in_every_bit(whole, noticed, "model/model.safetensors")
