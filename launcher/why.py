@@ -164,6 +164,8 @@ def _in_logs(seen: Snapshot) -> Iterator[Cause]:
             if raised := _raised(seen, line):
                 yield raised
                 break
+    if taken := _of_log(seen, "a machine is being taken away"):
+        yield _preempted("machine", taken)
     if lost := _of_log(seen, "a rank was lost"):
         yield Cause(
             "a rank was lost; the ranks went on from the last checkpoint",

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -67,6 +67,7 @@ class StepResult:
         skipped: fp16 overflowed, nothing moved.
         tokens: predicted in the step.
         frames: of audio in the step.
+        noticed: some rank's machine is being taken away.
     """
 
     loss: float
@@ -75,6 +76,7 @@ class StepResult:
     skipped: bool
     tokens: float
     frames: float
+    noticed: bool
 
 
 @dataclass
@@ -130,6 +132,7 @@ class Engine:
         precision: of the computation.
         device: of this rank.
         resume: a state to continue from, read by every rank.
+        notice: says whether this rank's machine is being taken away; asked once a step.
     """
 
     def __init__(
@@ -143,8 +146,10 @@ class Engine:
         precision: Precision,
         device: torch.device,
         resume: TrainingState | None = None,
+        notice: Callable[[], bool] = lambda: False,
     ) -> None:
         self.network = network
+        self._notice = notice
         self.family = family
         self.device = device
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -196,13 +201,15 @@ class Engine:
                 # Ranks' gradients are averaged, hence the world.
                 self._sharing.backward(self._total(found, counts) * (weight * self.world), self.scale.value)
             sums += weight * torch.stack([found[term].detach().float() for term in counts])
-        terms = self._means(sums, counts)
+        told = nn.functional.pad(sums, (0, 1), value=float(self._notice()))  # all ranks learn of it in the same step
+        terms = self._means(told, {**counts, "notices": 1.0})
+        noticed = terms.pop("notices") > 0
         loss = self._total(terms, dict.fromkeys(counts, 1.0))
         if not math.isfinite(loss):
             raise self._not_finite("loss", loss)
         norm = self._sharing.step(self.scale.value)
         self._after(norm)
-        return StepResult(loss, terms, norm, not math.isfinite(norm), max(counts.values()), frames)
+        return StepResult(loss, terms, norm, not math.isfinite(norm), max(counts.values()), frames, noticed)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Micro]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +30,14 @@ class Room(Protocol):
         ...
 
     def commit(self, step: int, position: tuple[int, int], held_out: float) -> None:
-        """Put a checkpoint of this moment into the store, beside training."""
+        """Put a checkpoint of this moment into the store, beside training; ``held_out`` is infinite if not measured."""
         ...
 
 
 def train(job: Job, engine: Engine, steps: Loader, room: Room) -> None:
     """Train from where ``engine`` and ``steps`` stand to ``job.train.steps``.
+
+    A notice that a rank's machine is being taken away ends it earlier, with a checkpoint of that step.
 
     Every random draw of a step follows from the job's seed, the step and the rank, so that going on after a restart
     needs no generator's state. Raises ``TrainingError`` if the loss or the gradient is not finite.
@@ -52,13 +55,14 @@ def train(job: Job, engine: Engine, steps: Loader, room: Room) -> None:
         committing = step % job.checkpoint.every == 0 or step == last
         if step % job.train.log_every == 0 or listening or committing:
             room.record(step, {**_metrics(result, lr), **pace.take(step, result.loss)})
-        if listening or committing:
-            with pace.paused():
-                held_out = room.evaluate(step)
-                if listening:
-                    room.listen(step)
-                if committing:
-                    room.commit(step, data.position, held_out)
+        with pace.paused():
+            held_out = room.evaluate(step) if listening or committing else math.inf
+            if listening:
+                room.listen(step)
+            if committing or result.noticed:
+                room.commit(step, data.position, held_out)
+        if result.noticed:
+            return
 
 
 class Pace:

@@ -9,9 +9,10 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -46,8 +47,16 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 _CUT_OFF = re.compile(r"gloo|nccl|connection|timed? ?out|peer", re.IGNORECASE)
 
 
-def run_rank(run_url: str) -> None:
+def run_rank(run_url: str, notice: Callable[[], bool]) -> bool:
     """Train as this rank of the process group (alone, if there is none) until the run has its result.
+
+    Args:
+        run_url: the run directory.
+        notice: says whether this rank's machine is being taken away. Once it does, on any rank, all ranks commit the
+            step that they are in, and return.
+
+    Returns:
+        Whether the run has its result.
 
     Raises:
         UtaforgeError: the run cannot go on; ``failure.json`` says why.
@@ -56,15 +65,16 @@ def run_rank(run_url: str) -> None:
     with tempfile.TemporaryDirectory(prefix="utaforge-rank-") as scratch, ExitStack() as stack:
         stack.enter_context(_logging(run, _place()[0], Path(scratch)))
         stack.enter_context(_telling_failures(run))
-        rank = _Rank(run, Path(scratch))
+        rank = _Rank(run, Path(scratch), notice)
         stack.enter_context(rank.tracking())
         rank.train()
+        return rank.done
 
 
 class _Rank:
     """Everything one rank has; the loop's ``Room``."""
 
-    def __init__(self, run: RunDirectory, scratch: Path) -> None:
+    def __init__(self, run: RunDirectory, scratch: Path, notice: Callable[[], bool]) -> None:
         self.run, self.job, self.scratch = run, run.job, scratch
         self.rank, self.world = _place()
         self.family = open_family(self.job.model)
@@ -79,10 +89,15 @@ class _Rank:
         self.attempt, newest = self._agree(self.checkpoints.newest() if self.rank == 0 else None)
         self.losses: dict[str, float] = dict(newest.meta["losses"]) if newest else {}
         self.position = (newest.meta["position"][0], newest.meta["position"][1]) if newest else (0, 0)
-        self.engine = self._engine(self._restore(newest) if newest else None)
+        self.engine = self._engine(self._restore(newest) if newest else None, notice)
         self.journal: Journal | None = None
         if newest:
             log.info("going on from step %d", newest.step)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are made."""
+        return self.engine.steps == self.job.train.steps
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
@@ -97,14 +112,14 @@ class _Rank:
         end: End = "FAILED"
         try:
             yield
-            end = "FINISHED"
+            end = "FINISHED" if self.done else "KILLED"
         finally:
             self.journal.close(self.engine.steps, end)
             if follower:
                 follower.close()
 
     def train(self) -> None:
-        """Run the loop, then leave the result."""
+        """Run the loop, then leave the result if all steps are made."""
         planner = Planner(
             self.data.training,
             seed=self.job.train.seed,
@@ -115,7 +130,11 @@ class _Rank:
         place = {"rank": self.rank, "world": self.world}
         with Loader(self.data.datasets, planner, self.family.collate, **place, start=self.position) as loader:
             train(self.job, self.engine, loader, self)
-        self._finish()
+        self.checkpoints.wait()
+        if self.done:
+            self._finish()
+        else:
+            log.info("given notice: stopped at step %d with a checkpoint", self.engine.steps)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write metrics to the journal, with the machine's own."""
@@ -176,8 +195,7 @@ class _Rank:
         self.checkpoints.save(step, files, meta, before, share)
 
     def _finish(self) -> None:
-        """Leave the trained weights and the result, once the last checkpoint is safe."""
-        self.checkpoints.wait()
+        """Leave the trained weights and the result."""
         if self.journal is None:
             return
         newest = self.checkpoints.newest()
@@ -208,7 +226,7 @@ class _Rank:
         assert isinstance(self.network, PeftModel)
         save_adapter(self.network, folder, {name: values["param"] for name, values in state.tensors.items()})
 
-    def _engine(self, state: TrainingState | None) -> Engine:
+    def _engine(self, state: TrainingState | None, notice: Callable[[], bool]) -> Engine:
         method, plan = self.job.method, self.run.plan
         self.network = self.family.network()
         if isinstance(method, Lora):
@@ -222,6 +240,7 @@ class _Rank:
             precision=plan["precision"],
             device=_device(plan["device"]),
             resume=state,
+            notice=notice,
         )
 
     def _agree(self, newest: Commit | None) -> tuple[int, Commit | None]:
@@ -330,22 +349,33 @@ def _device(kind: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether this process was asked to end."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """``RUN_URL``; under ``torchrun`` one of several ranks. Returns the exit status."""
+    """``RUN_URL``; under ``torchrun`` one of several ranks. SIGTERM is a notice. Returns the exit status."""
     (run_url,) = argv if argv is not None else sys.argv[1:]
     if "RANK" in os.environ or RunDirectory(run_url).plan["strategy"] != "ddp":
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
             os.environ.setdefault(name, value)
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
-        run_rank(run_url)
+        with _sigterm() as notice:
+            return 0 if run_rank(run_url, notice) else 128 + signal.SIGTERM
     except UtaforgeError as error:
         log.error("%s", error)
         return error.exit_code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

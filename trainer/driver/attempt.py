@@ -130,7 +130,11 @@ def fit(run: RunDirectory) -> None:
         before = checkpoints.newest()
         try:
             _trainer(run).fit()
-            return
+            if run.finished:
+                return
+            fruitless, newest = 0, checkpoints.newest()
+            stopped = f"stopped at step {newest.step if newest else 0} with a checkpoint"
+            log.warning("a machine is being taken away: %s; going on when there is another", stopped)
         except TrainingFailedError as error:
             run.raise_reported_failure()
             after = checkpoints.newest()
@@ -222,9 +226,12 @@ def why_lost(told: str) -> str:
 
 def _rank(config: dict[str, str]) -> None:
     """One Ray Train worker; what is heavy is imported here, in the worker."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
     from trainer.worker import run_rank
 
-    run_rank(config["run"])
+    told = get_train_context().preemption_context  # ray.train.get_preemption_info would ask another process every step
+    run_rank(config["run"], lambda: told.preemption_info is not None)
 
 
 def _ray_storage(run: RunDirectory) -> dict[str, Any]:

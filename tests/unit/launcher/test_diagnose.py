@@ -329,6 +329,13 @@ def test_without_any_sign_it_says_so_and_shows_what_was_last_heard() -> None:
     assert cause.evidence == "driver.log: 子守唄を準備しています"
 
 
+def test_a_machine_that_was_taken_away_with_notice_is_named_after_its_pod_is_gone() -> None:
+    told = "a machine is being taken away: stopped at step 7 with a checkpoint; going on when there is another"
+    (cause,) = diagnose(_local("stopped", [told, "窓が閉じました"]))
+    assert cause.what == "a machine was taken away"
+    assert cause.evidence == f"driver.log: {told}"
+
+
 def test_a_finished_run_has_no_cause() -> None:
     assert diagnose(_local("finished", ["完了"])) == []
 
