@@ -82,6 +82,7 @@ def _plan_rows(planned: Plan) -> list[Row]:
             if planned.usd is not None
             else f"none: {planned.usd_basis}",
         ),
+        ("songs", ", ".join(f"{name} {value}" for name, value in planned.sampling.items())),
         *(("note", check) for check in planned.checks),
     ]
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.unit.families.conftest import examples, word_tokenizer
+from tests.unit.families.conftest import examples, sampling, word_tokenizer
 from trainer.adapt import apply
 from trainer.families.ace_step.family import AceStepFamily
 from trainer.families.ace_step.generate import weakened
@@ -20,7 +20,7 @@ from trainer.families.ace_step.weights import FULL, WEIGHTS
 from trainer.families.base import Arrays, Example
 from trainer.families.text_encoder import T5Text
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.job import Prompt, Sampling
+from trainer.spec.job import Prompt
 from trainer.spec.model import Lora
 
 TEXTS = [{"tags": "童謡, piano", "lyrics": "[verse]\nさくら さくら"}, {"tags": "", "lyrics": "らら"}]

@@ -86,6 +86,7 @@ def _generate(case: Case) -> dict[str, Tensor]:
     given, config = case.inputs, case.config
     everywhere = torch.ones(len(given["noise"]), given["noise"].shape[-1], dtype=torch.bool)
     sampler = Sampler(
+        sampler="euler",
         steps=config["infer_steps"],
         guidance=config["guidance_scale"],
         least_guidance=config["min_guidance_scale"],
@@ -104,7 +105,7 @@ def _generate(case: Case) -> dict[str, Tensor]:
     )
     dim_text = given.get("text_hidden_null", torch.zeros_like(given["text_hidden"]))
     frames = Frames(everywhere, everywhere)
-    steps = list(generate(_network(case), given["noise"], _conditions(given), dim_text, frames, sampler))
+    steps = list(generate(_network(case), iter([given["noise"]]), _conditions(given), dim_text, frames, sampler))
     velocities, latents = zip(*steps, strict=True)
     return {"predictions": torch.stack(velocities), "latents": torch.stack(latents)}
 
