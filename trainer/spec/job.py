@@ -101,7 +101,7 @@ class Sampling(Spec):
     repetition_penalty: Annotated[float, Field(ge=1)] | None = None
     """Makes tokens that were just there less likely; 1: no penalty."""
     sampler: Literal["euler", "heun", "pingpong"] | None = None
-    """How noise becomes latents: ``heun`` calls the network twice a step; ``pingpong`` adds fresh noise at each step."""
+    """How noise becomes latents: ``heun`` calls the network twice a step; ``pingpong`` adds fresh noise each step."""
     steps: PositiveInt | None = None
     """From noise to latents; ACE-Step's of a whole song (27 are upstream's fast setting), SongBloom's of each block."""
     flow_temperature: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -164,7 +164,7 @@ class Job(Spec):
         given = self.validation.sampling.given
         if info.context == OF_A_RUN:
             given = {name: value for name, value in given.items() if name in FAMILIES[self.model.family].sampling}
-        sampling = Sampling(**sampling_of(self.model) | given)
+        sampling = Sampling.model_validate(sampling_of(self.model) | given)
         # frozen protects a finished model; this one is being made
         object.__setattr__(self, "validation", self.validation.model_copy(update={"sampling": sampling}))
         return self

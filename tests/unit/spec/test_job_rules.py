@@ -156,7 +156,7 @@ def test_sampling_without_effect_is_refused_at_its_place(write):
     with pytest.raises(JobError) as caught:
         load_job(path)
     cure = "musicgen does not listen to steps; remove it, or use guidance, temperature or top_k"
-    assert f"job.yaml:13:33: validation.sampling.steps: {cure}" in str(caught.value)
+    assert f"job.yaml:13:34: validation.sampling.steps: {cure}" in str(caught.value)
 
 
 def test_rules_hold_for_jobs_made_in_python_too():

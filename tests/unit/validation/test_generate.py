@@ -25,7 +25,10 @@ def job(**method):
             "method": method or {"type": "lora", "rank": 2},
             "data": {"train": [{"dataset": "file:///songs"}]},
             "train": {"steps": 40, "batch": {"songs": 2}},
-            "validation": {"sampling": {"guidance": 2}, "prompts": [{"tags": "童謡 さくら", "seconds": 0.2, "seed": 3}]},
+            "validation": {
+                "sampling": {"guidance": 2},
+                "prompts": [{"tags": "童謡 さくら", "seconds": 0.2, "seed": 3}],
+            },
         }
     )
 

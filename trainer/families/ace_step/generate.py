@@ -36,8 +36,8 @@ class Sampler:
         guidance: its strength; 1 is off.
         least_guidance: what the strength falls towards.
         decay: how much of the way it falls, over the guided steps.
-        interval: the share that is guided of as many network calls as there are steps, in their middle. Heun's calls are
-            almost twice as many, and so the first half has its guidance: as upstream.
+        interval: the middle share of the calls that is guided; of as many calls as there are steps. Heun calls almost
+            twice as often, and so is guided in the first half: as upstream.
         momentum: share of the last differences that stays.
         norm: longest difference, for each channel.
         parallel: how much of the difference along the prediction itself is kept.

@@ -54,7 +54,7 @@ def _sigmas(case: Case) -> dict[str, Tensor]:
 
 
 def _samplers(case: Case) -> dict[str, Tensor]:
-    return {name: value for sampler in ("euler", "heun", "pingpong") for name, value in _followed(case, sampler).items()}
+    return {**_followed(case, "euler"), **_followed(case, "heun"), **_followed(case, "pingpong")}
 
 
 def _followed(case: Case, sampler: str) -> dict[str, Tensor]:

@@ -96,7 +96,6 @@ class FishSpeechFamily(Autoregressive):
     def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
         """``codes`` [8, T] of the prompts' lyrics, at most as long as asked for: a song ends where the network ends it.
 
-
         Raises:
             DataError: a prompt is longer than the network has positions, or names a speaker to 1.5.
         """

@@ -23,7 +23,6 @@ from .network import SongBloom
 from .transformer import Cache
 
 
-
 @dataclass(frozen=True)
 class Settings:
     """How a song is sampled.
@@ -145,9 +144,7 @@ def _sketch(
     return ids[:, before.shape[1] :], h[: len(ids)]
 
 
-def _penalised(
-    logits: Float[Tensor, "B V"], recent: Int[Tensor, "B window"], penalty: float
-) -> Float[Tensor, "B V"]:
+def _penalised(logits: Float[Tensor, "B V"], recent: Int[Tensor, "B window"], penalty: float) -> Float[Tensor, "B V"]:
     """Divided whatever their sign, as upstream does; the end is never penalised."""
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, recent, True)
     seen[:, -1] = False
