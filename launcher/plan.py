@@ -48,6 +48,7 @@ class Plan:
         usd: what ``hours`` cost; None where nobody sends a bill, or no price is known, or hours are unknown.
         usd_basis: what that rests on, and whether it is the least or, of spot nodes without a price, the most.
         checks: what looks odd and is allowed.
+        sampling: what songs are rendered with, by field of ``validation.sampling``.
     """
 
     job: str
@@ -74,6 +75,7 @@ class Plan:
     usd: float | None
     usd_basis: str
     checks: tuple[str, ...]
+    sampling: dict[str, float | str]
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json`` and for ``plan.json``, which the trainer reads."""
@@ -129,6 +131,7 @@ def plan(job: Job, beside: Path | None = None) -> Plan:
         usd=usd,
         usd_basis=usd_basis,
         checks=tuple(_checks(job, profile, load, machines, batch_seconds)),
+        sampling=job.validation.sampling.given,
     )
 
 

@@ -84,6 +84,7 @@ def _plan_rows(planned: Plan) -> list[Row]:
             f"{_hours(planned.hours)} ({planned.hours_basis})" if planned.hours is not None else planned.hours_basis,
         ),
         ("money", money(planned)),
+        ("songs", ", ".join(f"{name} {value}" for name, value in planned.sampling.items())),
         *(("note", check) for check in planned.checks),
     ]
 

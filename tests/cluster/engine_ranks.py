@@ -30,6 +30,7 @@ TRAIN = Train(
     schedule=Schedule(warmup=1),
     clip=0.3,
 )
+SAMPLING = Sampling(**FAMILIES["musicgen"].sampling)
 FAMILY = open_family(MusicGen(family="musicgen", pretrained="random:tiny"))
 
 
@@ -65,7 +66,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         if step == SAVED and not resume:
             leave(engine, strategy, folder / f"{kind.replace('/', '-')}-{engine.world}")
     with engine.generating() as ready:
-        songs = FAMILY.generate(ready, [Prompt(tags="祭り", seconds=0.2)], Sampling())
+        songs = FAMILY.generate(ready, [Prompt(tags="祭り", seconds=0.2)], SAMPLING)
     final = engine.state()
     return {
         "before": before["loss"],

@@ -100,7 +100,13 @@ class Family(ABC):
 
     @abstractmethod
     def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
-        """What the codec decodes, for each prompt; one batch, each song a matter of its own prompt and seed alone."""
+        """What the codec decodes, for each prompt; one batch, each song a matter of its own prompt and seed alone.
+
+        Args:
+            network: in eval mode.
+            prompts: what is asked for.
+            sampling: as a resolved job has it: every field that the family listens to, and no other.
+        """
 
     def export_adapter(self, folder: Path, to: Path) -> None:
         """Write PEFT's adapter in ``folder`` into the folder ``to``, as the files that upstream's programs load.

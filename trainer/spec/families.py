@@ -36,6 +36,12 @@ def codec_of(model: Model) -> str:
     return "pocket" if small else possible[0]
 
 
+def sampling_of(model: Model) -> dict[str, float | str]:
+    """What upstream samples the release with: every field of ``validation.sampling`` that the family listens to."""
+    family = FAMILIES[model.family]
+    return {**family.sampling, **family.other_sampling(model)}
+
+
 def dims_of(model: Model) -> Dims:
     """The network's size: as the job or the network's configuration tells it, else the release's.
 

@@ -69,6 +69,8 @@ class FamilySpec:
         dims: of the release.
         tiny: of ``random:tiny``.
         modules: what can be adapted, by the network's size.
+        sampling: the fields of ``validation.sampling`` that count, as upstream has them.
+        other_sampling: those that differ in another release, where the job tells it.
         other_dims: the size of a network that is neither, where the job tells it.
     """
 
@@ -85,7 +87,9 @@ class FamilySpec:
     dims: Dims
     tiny: Dims
     modules: Callable[[Dims], Modules]
+    sampling: Mapping[str, float | str]
     other_dims: Callable[[Any], Dims | None] = lambda model: None
+    other_sampling: Callable[[Any], Mapping[str, float | str]] = lambda model: {}
     harmful_targets: Mapping[str, str] = field(default_factory=dict[str, str])
     train_also: Mapping[str, int] = field(default_factory=dict[str, int])
     presets: Mapping[str, Preset] = field(default_factory=dict[str, Preset])

@@ -1,18 +1,20 @@
 """The whole job file: ``Job``."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from .base import Name, PositiveFloat, PositiveInt, Secret, Spec, StoreUrl, no_password
 from .cluster import Budget, Cluster, Local, Retrain
 from .data import Data
-from .families import Model
+from .families import FAMILIES, Model, sampling_of
 from .model import Method, Optimizer, Schedule
 
 RULES_LATER = {"rules": "later"}
 """Validation context: the caller looks for impossible combinations itself."""
+OF_A_RUN = {"job": "of a run"}
+"""Validation context: written by utaforge, maybe when every family had the same fields of ``Sampling``."""
 
 
 class BatchSeconds(Spec):
@@ -83,12 +85,32 @@ class Prompt(Spec):
 
 
 class Sampling(Spec):
-    """How tokens or noise become a song."""
+    """How tokens or noise become a song; each family listens to some fields, and to no other.
 
-    guidance: Annotated[float, Field(ge=1)] = 3.0
-    temperature: PositiveFloat = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 250
-    """0: no limit."""
+    What is not given is as upstream has it (``FamilySpec.sampling``); a resolved job has it written out.
+    """
+
+    guidance: Annotated[float, Field(ge=1)] | None = None
+    """How closely the prompt is followed; 1: no guidance."""
+    temperature: PositiveFloat | None = None
+    """Of the tokens; below 1 the likely ones become likelier."""
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    """So many of the likeliest tokens are chosen from; 0: no limit."""
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The likeliest tokens that together have this probability are chosen from; 0: the likeliest alone."""
+    repetition_penalty: Annotated[float, Field(ge=1)] | None = None
+    """Makes tokens that were just there less likely; 1: no penalty."""
+    sampler: Literal["euler", "heun", "pingpong"] | None = None
+    """How noise becomes latents: ``heun`` calls the network twice a step; ``pingpong`` adds fresh noise each step."""
+    steps: PositiveInt | None = None
+    """From noise to latents; ACE-Step's of a whole song (27 are upstream's fast setting), SongBloom's of each block."""
+    flow_temperature: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Where SongBloom's flow, until then without noise, is given noise; 1: it starts from noise."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that have a value."""
+        return self.model_dump(exclude_none=True)
 
 
 class ValidationSpec(Spec):
@@ -136,6 +158,16 @@ class Job(Spec):
     cluster: Cluster = Local()
     budget: Budget = Budget()
     retrain: Retrain | None = None
+
+    @model_validator(mode="after")
+    def _fill_sampling(self, info: ValidationInfo) -> Self:
+        given = self.validation.sampling.given
+        if info.context == OF_A_RUN:
+            given = {name: value for name, value in given.items() if name in FAMILIES[self.model.family].sampling}
+        sampling = Sampling.model_validate(sampling_of(self.model) | given)
+        # frozen protects a finished model; this one is being made
+        object.__setattr__(self, "validation", self.validation.model_copy(update={"sampling": sampling}))
+        return self
 
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> Self:

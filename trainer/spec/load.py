@@ -20,7 +20,7 @@ from .availability import unavailable
 from .base import Spec
 from .errors import JobError
 from .explain import models_below, schema_faults
-from .job import RULES_LATER, Job
+from .job import OF_A_RUN, RULES_LATER, Job
 from .rules import find_impossible
 from .yaml import Document, Fault, FieldPath, overlap
 
@@ -75,13 +75,13 @@ def dump_job(job: Job) -> str:
 
 
 def job_from_json(text: str) -> Job:
-    """The job that ``dump_job`` wrote.
+    """The job that ``dump_job`` wrote; sampling that an earlier version wrote for other families is left out.
 
     Raises:
         JobError: if it is not one, for example because another version of utaforge wrote it.
     """
     try:
-        return Job.model_validate_json(text, strict=True)
+        return Job.model_validate_json(text, strict=True, context=OF_A_RUN)
     except ValidationError as error:
         raise JobError(
             Document("job.json").report(schema_faults(error, Job, SECRETS)),

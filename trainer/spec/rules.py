@@ -114,6 +114,14 @@ def _prompts(job: "Job") -> Iterator[Fault]:
                 yield Fault(path, f"{job.model.family} does not listen to {name}; remove it, or use {_or(used)}")
 
 
+def _sampling(job: "Job") -> Iterator[Fault]:
+    used = FAMILIES[job.model.family].sampling
+    for name in job.validation.sampling.given:
+        if name not in used:
+            path = ("validation", "sampling", name)
+            yield Fault(path, f"{job.model.family} does not listen to {name}; remove it, or use {_or(used)}")
+
+
 def _stop_if(job: "Job") -> Iterator[Fault]:
     if job.validation.stop_if and not job.validation.prompts:
         yield Fault(("validation", "stop_if"), "there is no audio to judge; add validation.prompts")
@@ -193,6 +201,7 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("method",), _adapter_start),
     (("method", "model.family"), _train_also),
     (("model.family", "validation.prompts"), _prompts),
+    (("model.family", "validation.sampling"), _sampling),
     (("validation.stop_if", "validation.prompts"), _stop_if),
     (("data.train", "data.validation"), _datasets),
     (("data.prepare",), _length_limits),

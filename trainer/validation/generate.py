@@ -23,7 +23,7 @@ from trainer.families.base import Family
 from trainer.rundir import RunDirectory
 from trainer.spec.errors import JobError, StoreError, UtaforgeError
 from trainer.spec.families import FAMILIES
-from trainer.spec.job import Prompt, ValidationSpec
+from trainer.spec.job import Prompt, Sampling, ValidationSpec
 from trainer.spec.model import Lora
 
 from .render import Rendered, render
@@ -59,16 +59,14 @@ def generate(run: RunDirectory, args: argparse.Namespace) -> list[dict[str, Any]
         for prompt in wanted(run, args)
         for sample in range(args.n_samples)
     ]
+    sampling = sampled(run, args)
     device = _device(args.device)
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     family, network = load(run, args.step)
     network.to(device=device, dtype=dtype).eval()
     codec = open_codec(run.job.model)
-    given = {"guidance": args.guidance, "temperature": args.temperature, "top_k": args.top_k}
-    asked = {name: value for name, value in given.items() if value is not None}
     told: list[dict[str, Any]] = []
     try:
-        sampling = type(run.job.validation.sampling).model_validate(run.job.validation.sampling.model_dump() | asked)
         args.output.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(prompts), TOGETHER):
             some = tuple(prompts[start : start + TOGETHER])
@@ -76,8 +74,6 @@ def generate(run: RunDirectory, args: argparse.Namespace) -> list[dict[str, Any]
             songs = render(network, family, codec, ValidationSpec(prompts=some, sampling=sampling, format=args.format))
             told += [_write(args.output, start, song) for song in songs]
             _progress(start + len(some), len(prompts), songs, time.perf_counter() - begun)
-    except ValidationError as error:
-        raise JobError(f"the sampling is wrong: {_faults(error)}", "see --help") from None
     except OSError as error:
         raise StoreError(
             f"cannot write {args.output}: {error.strerror}", "choose another folder with --output"
@@ -159,6 +155,22 @@ def wanted(run: RunDirectory, args: argparse.Namespace) -> Sequence[Prompt]:
     return [prompt.model_copy(update=common) for prompt in run.job.validation.prompts]
 
 
+def sampled(run: RunDirectory, args: argparse.Namespace) -> Sampling:
+    """The job's sampling, but for what the command line says.
+
+    Raises:
+        JobError: a value cannot be, or the family does not listen to it.
+    """
+    asked = {name: value for name in Sampling.model_fields if (value := getattr(args, name)) is not None}
+    used = FAMILIES[run.job.model.family].sampling
+    if useless := sorted(asked.keys() - used.keys()):
+        raise JobError(f"the command line: this family does not use {', '.join(useless)}", f"it uses {', '.join(used)}")
+    try:
+        return Sampling(**run.job.validation.sampling.given | asked)
+    except ValidationError as error:
+        raise JobError(f"the sampling is wrong: {_faults(error)}", "see --help") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer.validation.generate", description=__doc__)
     parser.add_argument("run", help="URL of the run directory")
@@ -170,9 +182,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--n-samples", type=_count, default=1, metavar="N", help="songs a prompt, of seeds that follow")
     parser.add_argument("--format", choices=("wav", "flac", "mp3"), default="flac")
     parser.add_argument("--output", type=Path, default=Path("songs"), metavar="DIR", help="folder for the songs")
-    parser.add_argument("--guidance", type=float, help="how closely the tags are followed; by default as in the job")
-    parser.add_argument("--temperature", type=float, help="by default as in the job")
-    parser.add_argument("--top-k", type=int, help="by default as in the job; 0: no limit")
+    sampling = parser.add_argument_group("sampling", "by default as in the job; each family uses some of these")
+    sampling.add_argument("--guidance", type=float, help="how closely the prompt is followed; 1: no guidance")
+    sampling.add_argument("--temperature", type=float, help="of the tokens")
+    sampling.add_argument("--top-k", type=int, help="likeliest tokens that are chosen from; 0: no limit")
+    sampling.add_argument("--top-p", type=float, help="their probability in all")
+    sampling.add_argument("--repetition-penalty", type=float, help="of tokens that were just there; 1: none")
+    sampling.add_argument("--sampler", help="euler, heun or pingpong")
+    sampling.add_argument("--sampling-steps", dest="steps", type=int, help="from noise to latents")
+    sampling.add_argument("--flow-temperature", type=float, help="where the flow is given noise; 1: from the start")
     parser.add_argument("--step", default="last", help="last, best, a step's number, or base (untrained)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU if there is one")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="by default bf16 on a GPU, fp32 elsewhere")

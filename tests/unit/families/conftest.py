@@ -1,11 +1,14 @@
 """Songs and tokenizers that the tests of families make."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trainer.families.base import Arrays, Example, Family
+from trainer.spec.families import FAMILIES
+from trainer.spec.job import Sampling
 
 
 def examples(family: Family, songs: Sequence[Arrays], *texts: Mapping[str, str]) -> list[Example]:
@@ -16,6 +19,11 @@ def examples(family: Family, songs: Sequence[Arrays], *texts: Mapping[str, str])
         Example(f"歌{index}", {**song, **conditions}, text, seed=index)
         for index, (song, text, conditions) in enumerate(rows)
     ]
+
+
+def sampling(family: str, **given: Any) -> Sampling:
+    """As a job of ``family`` that says no more than ``given`` has it."""
+    return Sampling(**{**FAMILIES[family].sampling, **given})
 
 
 def random_codes(books: int, entries: int, lengths: Sequence[int]) -> list[Arrays]:

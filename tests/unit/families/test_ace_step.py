@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.unit.families.conftest import examples, word_tokenizer
+from tests.unit.families.conftest import examples, sampling, word_tokenizer
 from trainer.adapt import apply
 from trainer.families.ace_step.family import AceStepFamily
-from trainer.families.ace_step.generate import weakened
+from trainer.families.ace_step.generate import Sampler, follow, weakened
 from trainer.families.ace_step.lyrics import START, BpeLyrics, romanised
 from trainer.families.ace_step.network import AceStepNetwork, Config, Frames
 from trainer.families.ace_step.spec import SPEC, AceStep
@@ -20,7 +20,7 @@ from trainer.families.ace_step.weights import FULL, WEIGHTS
 from trainer.families.base import Arrays, Example
 from trainer.families.text_encoder import T5Text
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.job import Prompt, Sampling
+from trainer.spec.job import Prompt
 from trainer.spec.model import Lora
 
 TEXTS = [{"tags": "童謡, piano", "lyrics": "[verse]\nさくら さくら"}, {"tags": "", "lyrics": "らら"}]
@@ -147,14 +147,85 @@ def test_tags_and_lyrics_are_dropped_by_the_example_s_seed_and_only_in_training(
 def test_generated_songs_follow_from_their_own_prompt_and_seed(family, network):
     ja = Prompt(tags="童謡", lyrics="さくら さくら", seconds=2.5, seed=1)
     en = Prompt(tags="rock, guitar", seconds=4, seed=2)
-    sampling = Sampling(guidance=4)
-    together = family.generate(network, [ja, en], sampling)
-    alone = family.generate(network, [ja], sampling)
-    other = family.generate(network, [ja.model_copy(update={"seed": 3})], sampling)
+    asked = sampling("ace_step", guidance=4)
+    together = family.generate(network, [ja, en], asked)
+    alone = family.generate(network, [ja], asked)
+    other = family.generate(network, [ja.model_copy(update={"seed": 3})], asked)
     assert [song["latents"].shape for song in together] == [(8, 16, 26), (8, 16, 43)]
     assert together[0]["latents"].dtype == np.float16
     np.testing.assert_allclose(together[0]["latents"], alone[0]["latents"], atol=4e-3)
     assert np.abs(other[0]["latents"] - alone[0]["latents"]).max() > 0.5
+
+
+def bare(kind: str, steps: int) -> Sampler:
+    """Neither guided nor stretched."""
+    return Sampler(kind, steps, guidance=1.0, omega=0.0)
+
+
+def end_of(kind: str, steps: int, spread: float) -> float:
+    """How far from its place, relatively, a song ends in the exact flow to songs around 0 that are ``spread`` apart.
+
+    Noise of σ = 1 ends, by the flow, at ``spread`` times itself: latents keep their place among all that there are.
+    """
+    everywhere = torch.ones(1, 4, dtype=torch.bool)
+    dice = torch.Generator().manual_seed(0)
+    noise = [torch.randn(1, 8, 16, 4, generator=dice, dtype=torch.float64) for _ in range(steps + 1)]
+
+    def flow(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        variance = sigma**2 + (1 - sigma) ** 2 * spread**2
+        return latents * (sigma - (1 - sigma) * spread**2) / variance
+
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    *_, (_, ended) = follow(flow, iter(noise), sigmas, Frames(everywhere, everywhere), bare(kind, steps))
+    return float((ended - spread * noise[0]).norm() / noise[0].norm())
+
+
+@pytest.mark.parametrize(("kind", "order"), [("euler", 1), ("heun", 2)])
+def test_an_ode_sampler_converges_with_its_order(kind, order):
+    coarse, fine = end_of(kind, 64, spread=0.5), end_of(kind, 128, spread=0.5)
+    assert np.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 27])
+def test_pingpong_ends_without_noise_where_there_is_one_song(steps):
+    assert end_of("pingpong", steps, spread=0.0) < 1e-12
+
+
+def test_pingpong_does_not_end_where_the_flow_from_its_first_noise_does():
+    assert end_of("pingpong", 64, spread=0.5) > 0.3 > end_of("euler", 64, spread=0.5)
+
+
+def test_heun_calls_the_network_twice_a_step_but_for_the_last(family, network):
+    calls = []
+    handle = network.final_layer.register_forward_hook(lambda *_: calls.append(1))
+    family.generate(network, [Prompt(seconds=1)], sampling("ace_step", guidance=1, sampler="heun", steps=5))
+    handle.remove()
+    assert len(calls) == 9
+
+
+def test_samplers_are_guided_in_as_many_calls(family, network):
+    def calls_of(kind: str) -> int:
+        calls = []
+        handle = network.final_layer.register_forward_hook(lambda *_: calls.append(1))
+        family.generate(network, [Prompt(seconds=1)], sampling("ace_step", sampler=kind, steps=8))
+        handle.remove()
+        return len(calls)
+
+    assert [calls_of(kind) for kind in ("euler", "heun", "pingpong")] == [8 + 4, 15 + 4, 8 + 4]
+
+
+@pytest.mark.parametrize("kind", ["heun", "pingpong"])
+def test_every_sampler_makes_a_song_of_its_own_prompt_and_seed(family, network, kind):
+    ja, en = Prompt(tags="童謡", lyrics="さくら", seconds=2.5, seed=1), Prompt(tags="rock", seconds=4, seed=2)
+    asked = sampling("ace_step", guidance=4, sampler=kind, steps=12)
+    together = family.generate(network, [en, ja], asked)
+    alone, again = (family.generate(network, [ja], asked)[0]["latents"] for _ in range(2))
+    (other,) = family.generate(network, [ja.model_copy(update={"seed": 3})], asked)
+    (euler,) = family.generate(network, [ja], sampling("ace_step", guidance=4, steps=12))
+    assert np.array_equal(alone, again)
+    np.testing.assert_allclose(together[1]["latents"], alone, atol=4e-3)
+    assert np.abs(other["latents"] - alone).max() > 0.5
+    assert np.abs(euler["latents"] - alone).max() > 0.05
 
 
 def test_weakening_ends_with_its_block(network):

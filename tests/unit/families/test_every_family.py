@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from tests.unit.families.conftest import examples
+from tests.unit.families.conftest import examples, sampling
 from trainer.adapt import apply, parameter_groups
 from trainer.codecs import open_codec
 from trainer.engine import Engine
@@ -19,7 +19,7 @@ from trainer.families import open_family
 from trainer.families.base import Batch, Example, Family
 from trainer.spec.errors import UtaforgeError
 from trainer.spec.families import FAMILIES, Model, dims_of
-from trainer.spec.job import BatchSeconds, Prompt, Sampling, Train
+from trainer.spec.job import BatchSeconds, Prompt, Train
 from trainer.spec.model import Full, Lora, Method, Optimizer
 
 TEXT = {"tags": "祭り, koto, female vocal", "lyrics": "[verse] s a k u r a . [chorus] h a n a"}
@@ -128,9 +128,8 @@ def test_songs_follow_from_prompt_and_seed(subject: Subject) -> None:
     network = subject.family.network().eval()
     text = {key: value for key, value in TEXT.items() if key in FAMILIES[subject.model.family].prompt_fields}
     prompts = [Prompt(**text, seconds=1, seed=seed) for seed in (1, 2)]
-    sampling = Sampling(guidance=1.5, top_k=20)
-    first, second = subject.family.generate(network, prompts, sampling)
-    (alone,) = subject.family.generate(network, prompts[1:], sampling)
+    first, second = subject.family.generate(network, prompts, sampling(subject.model.family))
+    (alone,) = subject.family.generate(network, prompts[1:], sampling(subject.model.family))
     assert alone.keys() == second.keys()
     for name, array in alone.items():
         assert array.shape == second[name].shape

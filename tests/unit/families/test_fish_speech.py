@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from tests.unit.families.conftest import examples, random_codes, word_tokenizer
+from tests.unit.families.conftest import examples, random_codes, sampling, word_tokenizer
 from trainer.families.base import Example
 from trainer.families.cross_entropy import NO_LABEL
 from trainer.families.fish_speech.adapter import from_upstream, to_upstream
@@ -23,7 +24,7 @@ from trainer.families.fish_speech.spec import SPEC, FishSpeech
 from trainer.families.fish_speech.text import Bytes, Json, Ranks, clean
 from trainer.families.fish_speech.weights import BYTES, open_release
 from trainer.spec.errors import DataError, UtaforgeError
-from trainer.spec.job import Prompt, Sampling
+from trainer.spec.job import Prompt
 
 VERSIONS = ("1.4", "1.5")
 TEXT = "さくら さくら, 野山も里も"
@@ -129,12 +130,12 @@ def test_songs_follow_from_their_own_seed_whatever_else_is_in_the_batch(
         Prompt(lyrics=TEXT, seconds=1, seed=1),
         Prompt(lyrics="a little longer than that, ねえ", seconds=0.5, seed=2),
     ]
-    together = room.generate(network, wanted, Sampling())
-    (alone,) = room.generate(network, wanted[1:], Sampling())
+    together = room.generate(network, wanted, sampling("fish_speech"))
+    (alone,) = room.generate(network, wanted[1:], sampling("fish_speech"))
     assert np.array_equal(together[1]["codes"], alone["codes"])
     for song in together:
         assert song["codes"].dtype == np.uint16 and song["codes"].shape[1] >= 1 and song["codes"].max() < 1000
-    (other,) = room.generate(network, [wanted[0].model_copy(update={"seed": 3})], Sampling())
+    (other,) = room.generate(network, [wanted[0].model_copy(update={"seed": 3})], sampling("fish_speech"))
     assert not np.array_equal(other["codes"], together[0]["codes"])
 
 
@@ -154,11 +155,12 @@ def test_greedy_frames_are_those_of_the_whole_sequence_seen_at_once(
 def test_the_sampler_draws_from_the_nucleus_in_proportion() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1000, 4)
     draws = torch.arange(1000) / 1000
-    ids = Sampler(temperature=1.0, top_p=0.85)(logits, draws, None)
+    ids = Sampler(temperature=1.0, top_p=0.85, top_k=0, repetition_penalty=1.0)(logits, draws, None)
     assert torch.bincount(ids, minlength=4).tolist() == pytest.approx([625, 375, 0, 0], abs=1)
-    assert Sampler(top_k=1)(logits, draws, None).eq(0).all()
+    best = Sampler(temperature=0.7, top_p=0.7, top_k=1, repetition_penalty=1.0)
+    assert best(logits, draws, None).eq(0).all()
     recent = torch.zeros(1000, 1, dtype=torch.long)
-    assert Sampler(top_k=1, repetition_penalty=2.0)(logits, draws, recent).eq(1).all()
+    assert replace(best, repetition_penalty=2.0)(logits, draws, recent).eq(1).all()
 
 
 def test_what_cannot_be_is_told() -> None:
@@ -167,9 +169,9 @@ def test_what_cannot_be_is_told() -> None:
     with pytest.raises(DataError, match=r"song 歌0 needs .* positions"):
         room.collate(songs_of(room, 5000), training=True)
     with pytest.raises(DataError, match="prompt 1 needs"):
-        room.generate(network, [Prompt(lyrics=TEXT, seconds=300)], Sampling())
+        room.generate(network, [Prompt(lyrics=TEXT, seconds=300)], sampling("fish_speech"))
     with pytest.raises(DataError, match="prompt 1 names a speaker"):
-        room.generate(network, [Prompt(lyrics=TEXT, speaker="花子")], Sampling())
+        room.generate(network, [Prompt(lyrics=TEXT, speaker="花子")], sampling("fish_speech"))
 
 
 def test_ranks_are_merged_lowest_first_and_special_tokens_count_as_such(tmp_path: Path) -> None:

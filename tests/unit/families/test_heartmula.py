@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.unit.families.conftest import examples, random_codes, word_tokenizer
+from tests.unit.families.conftest import examples, random_codes, sampling, word_tokenizer
 from trainer.adapt import apply
 from trainer.families.base import Batch, Example
 from trainer.families.heartmula.family import HeartMuLaFamily
@@ -21,7 +21,7 @@ from trainer.families.heartmula.weights import open_release
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.families import FAMILIES
 from trainer.spec.family import lora_parameters
-from trainer.spec.job import Prompt, Sampling
+from trainer.spec.job import Prompt
 from trainer.spec.model import Lora
 
 TEXTS = (
@@ -206,7 +206,7 @@ def greedy(
 def test_greedy_generation_is_what_teacher_forcing_predicts(
     family: HeartMuLaFamily, network: HeartMuLaNetwork, guidance: float
 ) -> None:
-    songs = family.generate(network, prompts(0.4, 0.8, 1.2), Sampling(guidance=guidance, top_k=1))
+    songs = family.generate(network, prompts(0.4, 0.8, 1.2), sampling("heartmula", guidance=guidance, top_k=1))
     assert all(song["codes"].shape[1] > 1 for song in songs)
     for text, song in zip(TEXTS, songs, strict=True):
         wanted = greedy(family, network, song["codes"], text, guidance).numpy()
@@ -216,14 +216,13 @@ def test_greedy_generation_is_what_teacher_forcing_predicts(
 def test_a_prompts_song_depends_on_its_seed_and_not_on_its_company(
     family: HeartMuLaFamily, network: HeartMuLaNetwork
 ) -> None:
-    sampling = Sampling(guidance=1.5, top_k=50)
     asked = prompts(1, 0.7, 0.4, seed=7)
-    together = family.generate(network, asked, sampling)
+    together = family.generate(network, asked, sampling("heartmula"))
     for prompt, song in zip(asked, together, strict=True):
-        (alone,) = family.generate(network, [prompt], sampling)
+        (alone,) = family.generate(network, [prompt], sampling("heartmula"))
         assert np.array_equal(alone["codes"], song["codes"])
         assert song["codes"].max() < family.vocabulary
-    (other,) = family.generate(network, prompts(1, seed=8), sampling)
+    (other,) = family.generate(network, prompts(1, seed=8), sampling("heartmula"))
     assert not np.array_equal(other["codes"], together[0]["codes"])
 
 
@@ -241,7 +240,7 @@ def test_a_song_ends_before_its_first_frame_with_an_end_but_has_one(network: Hea
 
 def test_sampling_follows_the_distribution_and_top_k() -> None:
     logits = torch.linspace(0, 3, 256)
-    take = sampler(Sampling(top_k=4, temperature=0.02), [3], 4000, 1)
+    take = sampler([3], 4000, 1, temperature=0.02, top_k=4)
     codes = np.array([int(take(frame, 0, logits[None])) for frame in range(4000)])
     wanted = (logits[252:].double() / 0.02).softmax(-1).numpy()
     assert codes.min() == 252
@@ -255,7 +254,7 @@ def test_a_song_beyond_the_positions_is_named(family: HeartMuLaFamily) -> None:
     ):
         family.collate([long], training=True)
     with pytest.raises(DataError, match="prompt 2 has"):
-        family.generate(torch.nn.Module(), prompts(1, 700), Sampling())
+        family.generate(torch.nn.Module(), prompts(1, 700), sampling("heartmula"))
 
 
 def released(folder: Path, network: HeartMuLaNetwork, family: HeartMuLaFamily) -> Path:

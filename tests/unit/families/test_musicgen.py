@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.unit.families.conftest import examples, random_codes
+from tests.unit.families.conftest import examples, random_codes, sampling
 from trainer.families import cross_entropy
 from trainer.families.base import Example
 from trainer.families.cross_entropy import labelled
@@ -16,10 +16,10 @@ from trainer.families.musicgen.network import MusicGenNetwork
 from trainer.families.musicgen.spec import MusicGen
 from trainer.families.musicgen.weights import open_release
 from trainer.spec.errors import DataError
-from trainer.spec.job import Prompt, Sampling
+from trainer.spec.job import Prompt
 
 TAGS = ("gentle, slow, 子守唄", "速い 祭り, bright", "")
-GREEDY = Sampling(guidance=1, top_k=1)
+GREEDY = sampling("musicgen", guidance=1, top_k=1)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_greedy_generation_is_what_teacher_forcing_predicts(family: MusicGenFami
 
 
 def test_guidance_is_the_difference_of_two_whole_passes(family: MusicGenFamily, network: MusicGenNetwork) -> None:
-    (song,) = family.generate(network, [Prompt(tags=TAGS[0], seconds=0.3)], Sampling(guidance=4, top_k=1))
+    (song,) = family.generate(network, [Prompt(tags=TAGS[0], seconds=0.3)], sampling("musicgen", guidance=4, top_k=1))
     (condition,) = family.conditions([{"tags": TAGS[0]}])
     batch = family.collate([Example("", {**song, **condition}, {}, 0)], training=False)
     hidden, mask = batch.tensors["text_hidden"], batch.tensors["text_mask"]
@@ -117,12 +117,12 @@ def test_a_prompts_song_depends_on_its_seed_and_not_on_its_company(
     family: MusicGenFamily, network: MusicGenNetwork
 ) -> None:
     prompts = [Prompt(tags=tags, seconds=1 - 0.3 * i, seed=7) for i, tags in enumerate(TAGS)]
-    sampling = Sampling(guidance=3, temperature=0.9, top_k=50)
-    together = family.generate(network, prompts, sampling)
+    asked = sampling("musicgen", temperature=0.9, top_k=50)
+    together = family.generate(network, prompts, asked)
     for prompt, song in zip(prompts, together, strict=True):
-        (alone,) = family.generate(network, [prompt], sampling)
+        (alone,) = family.generate(network, [prompt], asked)
         assert np.array_equal(alone["codes"], song["codes"])
-    other = family.generate(network, [prompts[0].model_copy(update={"seed": 8})], sampling)
+    other = family.generate(network, [prompts[0].model_copy(update={"seed": 8})], asked)
     assert not np.array_equal(other[0]["codes"], together[0]["codes"])
 
 
@@ -134,7 +134,7 @@ def test_sampling_follows_the_distribution_and_top_k() -> None:
     network = Fixed(open_release("random:tiny").decoder_config(dropout=0.0), 64)
     network.logits = torch.linspace(0, 3, 256)
     text = torch.zeros(1, 1, 64), torch.zeros(1, 1, dtype=torch.bool)
-    (codes,) = generate(network, [5000], [3], *text, Sampling(guidance=1, top_k=4, temperature=0.02))
+    (codes,) = generate(network, [5000], [3], *text, guidance=1, temperature=0.02, top_k=4)
     found = np.bincount(codes.ravel(), minlength=256)[252:] / codes.size
     wanted = functional.softmax(network.logits[252:].double() / 0.02, -1).numpy()
     assert codes.min() == 252

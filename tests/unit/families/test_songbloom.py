@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.unit.families.conftest import examples
+from tests.unit.families.conftest import examples, sampling
 from trainer.adapt.lora import apply
 from trainer.audio.write import encode
 from trainer.families.base import Example
@@ -23,11 +23,11 @@ from trainer.families.songbloom.text import NO_TOKEN, Vocabulary, lyric_batch
 from trainer.families.songbloom.weights import RANDOM, open_release
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.families import FAMILIES
-from trainer.spec.job import Prompt, Sampling
+from trainer.spec.job import Prompt
 from trainer.spec.model import Lora
 
 LYRICS = "[verse] s a k u r a . s a k u r a , [chorus] y a y o i"
-GREEDY = Sampling(guidance=1, top_k=1)
+GREEDY = sampling("songbloom", guidance=1, top_k=1)
 
 
 def family_of(pretrained: str, **options) -> SongBloomFamily:
@@ -151,9 +151,9 @@ def test_greedy_generation_is_teacher_forcing(family: SongBloomFamily, network: 
 
 def test_songs_are_a_matter_of_their_own_prompt_and_seed(family: SongBloomFamily, network: Network) -> None:
     prompts = [Prompt(lyrics=LYRICS, seconds=1.28, seed=7), Prompt(lyrics="", seconds=0.64, seed=8)]
-    together = family.generate(network, prompts, Sampling(guidance=1.5, temperature=0.9, top_k=100))
+    together = family.generate(network, prompts, sampling("songbloom"))
     for prompt, song in zip(prompts, together, strict=True):
-        [alone] = family.generate(network, [prompt], Sampling(guidance=1.5, temperature=0.9, top_k=100))
+        [alone] = family.generate(network, [prompt], sampling("songbloom"))
         assert np.array_equal(alone["sketch"], song["sketch"])
         assert np.allclose(alone["latents"], song["latents"], atol=1e-4)
     assert [len(song["sketch"]) for song in together] == [32, 16]
@@ -164,7 +164,8 @@ def test_a_song_ends_where_the_planner_says_so(family: SongBloomFamily) -> None:
     with torch.no_grad():
         ending.get_parameter("skeleton_classifier.2.bias")[ending.config.eos] = 20.0
     lyrics = torch.zeros(2, 3, 1, dtype=torch.int64)
-    [(sketch, latents)] = generate(ending, lyrics, torch.zeros(1, 1, 4), [64], [SeededDraws(0)], Settings(steps=2))
+    settings = Settings(1, 1, temperature=1, top_k=0, steps=2, flow_temperature=1, repetition_penalty=1)
+    [(sketch, latents)] = generate(ending, lyrics, torch.zeros(1, 1, 4), [64], [SeededDraws(0)], settings)
     assert sketch.shape == (0,)
     assert latents.shape == (4, 0)
 

@@ -123,6 +123,11 @@ def test_a_plan_is_json_with_what_the_trainer_reads(job: Jobs) -> None:
     assert {"device", "ranks", "strategy", "precision", "micro_seconds"} <= set(told)
 
 
+def test_a_plan_says_what_songs_are_sampled_with(job: Jobs) -> None:
+    said = plan(job("validation.sampling={guidance: 1}")).as_json()["sampling"]
+    assert said == {"guidance": 1.0, "temperature": 1.0, "top_k": 250}, "what the job says, and upstream's"
+
+
 @pytest.mark.parametrize(
     ("profile", "precision", "said"),
     [("cpu", "fp16", "fp16 needs a GPU, and profile cpu has none"), ("t4x4", "bf16", "a T4 has no bf16")],

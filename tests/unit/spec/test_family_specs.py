@@ -6,8 +6,9 @@ import pytest
 
 from trainer.families.fish_speech.spec import FishSpeech
 from trainer.families.musicgen.spec import MusicGen
+from trainer.families.songbloom.spec import SongBloom
 from trainer.spec.errors import JobError
-from trainer.spec.families import FAMILIES, dims_of
+from trainer.spec.families import FAMILIES, dims_of, sampling_of
 from trainer.spec.family import lora_parameters
 from trainer.spec.model import Lora
 
@@ -62,6 +63,36 @@ def test_every_target_and_preset_names_modules_that_exist():
             for target in targets:
                 assert lora_parameters(family, family.dims, 1, (target,)) > 0, (family.name, target)
                 assert family.harm(target) is None
+
+
+UPSTREAM: dict[str, dict[str, float | str]] = {
+    "musicgen": {"guidance": 3.0, "temperature": 1.0, "top_k": 250},  # audiocraft's recipe
+    "songbloom": {  # ``inference:`` of the 150 s release; the penalty is in songbloom_mvsa.py@ef78022
+        "guidance": 1.5, "temperature": 0.9, "top_k": 100, "steps": 36, "flow_temperature": 0.95,
+        "repetition_penalty": 1.1,
+    },
+    "heartmula": {"guidance": 1.5, "temperature": 1.0, "top_k": 50},  # music_generation.py@3981c52
+    "ace_step": {"guidance": 15.0, "sampler": "euler", "steps": 60},  # pipeline_ace_step.py@d612523
+    "fish_speech": {"temperature": 0.7, "top_p": 0.7, "repetition_penalty": 1.2, "top_k": 0},  # v1.5.1, no top-k
+}  # fmt: skip
+
+
+def test_songs_are_sampled_as_upstream_samples_them():
+    assert {name: family.sampling for name, family in FAMILIES.items()} == UPSTREAM
+
+
+@pytest.mark.parametrize(
+    ("told", "flow_temperature"),
+    [
+        ({"pretrained": "s3://歌/songbloom_full_150s"}, 0.95),
+        ({"pretrained": "s3://歌/songbloom_full_240s"}, 0.9),
+        ({"pretrained": "s3://歌/songbloom", "segment_seconds": 240}, 0.9),
+    ],
+)
+def test_the_release_of_240_s_has_a_flow_temperature_of_its_own(told, flow_temperature):
+    assert sampling_of(SongBloom(family="songbloom", **told)) == UPSTREAM["songbloom"] | {
+        "flow_temperature": flow_temperature
+    }
 
 
 def test_harm_is_matched_by_whole_names():

@@ -37,6 +37,23 @@ def test_japanese_text_and_secrets_survive_the_run_directory(write, monkeypatch)
         reveal(again.tracking.password)
 
 
+def test_a_resolved_job_says_what_songs_are_sampled_with(write):
+    job = load_job(write(), ["validation.sampling.top_k=0"])
+    told = json.loads(dump_job(job))["validation"]["sampling"]
+    assert {name: value for name, value in told.items() if value is not None} == {
+        "guidance": 3.0, "temperature": 1.0, "top_k": 0,
+    }  # fmt: skip
+    assert job_from_json(dump_job(job)) == job
+
+
+def test_a_run_from_before_families_had_fields_of_their_own_goes_on(write):
+    told = json.loads(dump_job(load_job(write(), ["model={family: ace_step, pretrained: random:tiny}"])))
+    told["validation"]["sampling"] = {"guidance": 3.0, "temperature": 1.0, "top_k": 250}
+    assert job_from_json(json.dumps(told)).validation.sampling.given == {
+        "guidance": 3.0, "sampler": "euler", "steps": 60,
+    }  # fmt: skip
+
+
 def test_job_of_another_version_is_refused_by_field(write):
     text = dump_job(load_job(write())).replace('"steps"', '"stages"')
     with pytest.raises(JobError, match=r"train\.stages: unknown key"):

@@ -89,6 +89,16 @@ IMPOSSIBLE = [
         "validation.prompts.0.lyrics: musicgen does not listen to lyrics; remove it, or use tags",
     ),
     (
+        ["model={family: fish_speech, pretrained: random:tiny}", "validation={sampling: {guidance: 3}}"],
+        "validation.sampling.guidance: fish_speech does not listen to guidance; remove it, or use temperature, top_p, "
+        "top_k or repetition_penalty",
+    ),
+    (
+        ["model={family: ace_step, pretrained: random:tiny}", "validation.sampling={steps: 27, temperature: 0.9}"],
+        "validation.sampling.temperature: ace_step does not listen to temperature; remove it, or use guidance, sampler "
+        "or steps",
+    ),
+    (
         ["validation={stop_if: [silent]}"],
         "validation.stop_if: there is no audio to judge; add validation.prompts",
     ),
@@ -139,6 +149,14 @@ def test_impossible_combination_is_refused(write, overrides, said):
     with pytest.raises(JobError) as caught:
         load_job(write(), overrides)
     assert any(line.endswith(said) for line in str(caught.value).splitlines()), str(caught.value)
+
+
+def test_sampling_without_effect_is_refused_at_its_place(write):
+    path = write(("validation:\n", "validation:\n  sampling: {guidance: 2, steps: 60}   # 祭り\n"))
+    with pytest.raises(JobError) as caught:
+        load_job(path)
+    cure = "musicgen does not listen to steps; remove it, or use guidance, temperature or top_k"
+    assert f"job.yaml:13:34: validation.sampling.steps: {cure}" in str(caught.value)
 
 
 def test_rules_hold_for_jobs_made_in_python_too():

@@ -9,10 +9,11 @@ import torch
 
 from trainer.adapt import apply, save_adapter
 from trainer.families import open_family
+from trainer.rundir import RunDirectory
 from trainer.spec import Job, dump_job
 from trainer.spec.families import FAMILIES
 from trainer.store import open_store
-from trainer.validation.generate import main
+from trainer.validation.generate import _parser, main, sampled
 
 
 def job(**method):
@@ -24,7 +25,10 @@ def job(**method):
             "method": method or {"type": "lora", "rank": 2},
             "data": {"train": [{"dataset": "file:///songs"}]},
             "train": {"steps": 40, "batch": {"songs": 2}},
-            "validation": {"prompts": [{"tags": "童謡 さくら", "seconds": 0.2, "seed": 3}]},
+            "validation": {
+                "sampling": {"guidance": 2},
+                "prompts": [{"tags": "童謡 さくら", "seconds": 0.2, "seed": 3}],
+            },
         }
     )
 
@@ -83,6 +87,14 @@ def test_texts_seeds_and_formats_come_from_the_command_line(run, capsys, tmp_pat
     assert told[0]["measures"]["seconds"] == pytest.approx(0.3, abs=0.05)
 
 
+def test_sampling_is_the_jobs_but_for_what_the_command_line_says(run):
+    def sampling(*flags):
+        return sampled(RunDirectory(run.url), _parser().parse_args([run.url, *flags])).given
+
+    assert sampling() == {"guidance": 2.0, "temperature": 1.0, "top_k": 250}, "the job's guidance, upstream's others"
+    assert sampling("--top-k", "0", "--guidance", "1") == {"guidance": 1.0, "temperature": 1.0, "top_k": 0}
+
+
 def test_prompts_may_come_from_a_file(run, capsys, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"tags": "民謡", "seconds": 0.2}\n\n{"tags": "演歌", "seed": 9}\n', encoding="utf-8")
@@ -111,6 +123,9 @@ def test_what_cannot_be_rendered_is_said_plainly(run, capsys, tmp_path):
     assert (status, "the command line: seconds: Input should be greater than 0" in error) == (2, True)
     status, error = refused(run, capsys, "--temperature", "0")
     assert (status, "the sampling is wrong: temperature" in error) == (2, True)
+    status, error = refused(run, capsys, "--sampling-steps", "9")
+    assert (status, "this family does not use steps" in error) == (2, True)
+    assert "it uses guidance, temperature, top_k" in error
     status, error = refused(run, capsys, "--device", "cuda:99")
     assert (status, "there is no device 'cuda:99' here" in error) == (2, True)
     (tmp_path / "bad.jsonl").write_text('{"tags": "演歌"}\n{"tags": \n', encoding="utf-8")

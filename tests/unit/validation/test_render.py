@@ -13,11 +13,13 @@ import torch
 from trainer.codecs import open_codec
 from trainer.families import open_family
 from trainer.families.musicgen.spec import MusicGen
-from trainer.spec.job import Prompt, ValidationSpec
+from trainer.spec.families import FAMILIES
+from trainer.spec.job import Job, Prompt, Sampling, ValidationSpec
 from trainer.store import open_store
 from trainer.validation.render import render, store_audio
 
 MODEL = MusicGen(family="musicgen", pretrained="random:tiny")
+SAMPLING = Sampling(**FAMILIES["musicgen"].sampling)
 PROMPTS = tuple(Prompt(tags=f"童謡 さくら {n}", seconds=0.2 + 0.1 * n, seed=n) for n in range(3))
 
 
@@ -29,7 +31,7 @@ def tools():
 
 @pytest.mark.parametrize("format", ["wav", "flac", "mp3"])
 def test_every_prompt_becomes_a_file_of_the_length_asked_for(tools, format):
-    songs = render(*tools, ValidationSpec(prompts=PROMPTS[:1], format=format))
+    songs = render(*tools, ValidationSpec(prompts=PROMPTS[:1], sampling=SAMPLING, format=format))
     assert [song.name for song in songs] == [f"prompt-00.{format}"]
     audio, rate = soundfile.read(io.BytesIO(songs[0].audio))
     assert rate == tools[2].sample_rate
@@ -37,9 +39,34 @@ def test_every_prompt_becomes_a_file_of_the_length_asked_for(tools, format):
     assert len(audio) / rate == pytest.approx(0.2, abs=0.15)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_given_upstreams_sampling_where_the_job_says_nothing(name, tools):
+    class Told(Exception):
+        pass
+
+    class Listening:
+        def generate(self, network, prompts, sampling):
+            raise Told(sampling.given)
+
+    job = Job.model_validate(
+        {
+            "name": "uta",
+            "store": "s3://歌",
+            "model": {"family": name, "pretrained": "random:tiny"},
+            "method": {"type": "lora"},
+            "data": {"train": [{"dataset": "s3://歌/songs"}]},
+            "train": {"steps": 1, "batch": {"songs": 1}},
+            "validation": {"prompts": [{}]},
+        }
+    )
+    with pytest.raises(Told) as told:
+        render(tools[0], Listening(), tools[2], job.validation)
+    assert told.value.args == (FAMILIES[name].sampling,)
+
+
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_two_ranks_render_what_one_rank_renders(tools, lockstep):
-    spec = ValidationSpec(prompts=PROMPTS)
+    spec = ValidationSpec(prompts=PROMPTS, sampling=SAMPLING)
     alone = {song.name: song.audio for song in render(*tools, spec)}
     shares = [render(*tools, spec, rank=rank, world=2, lockstep=lockstep) for rank in range(2)]
     assert [[song.index for song in share] for share in shares] == [[0, 2], [1]]
@@ -55,14 +82,14 @@ def test_songs_that_do_not_fit_together_are_rendered_one_by_one(tools, caplog):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             return family.generate(network, prompts, sampling)
 
-    songs = render(network, SmallMachine(), codec, ValidationSpec(prompts=PROMPTS))
+    songs = render(network, SmallMachine(), codec, ValidationSpec(prompts=PROMPTS, sampling=SAMPLING))
     assert [song.index for song in songs] == [0, 1]
     assert "no memory to render a song of 0.4 s" in caplog.text
 
 
 def test_songs_and_measures_are_in_the_run_directory(tools, tmp_path):
     store = open_store(f"file://{tmp_path}/runs/歌")
-    stored = store_audio(store, 50, render(*tools, ValidationSpec(prompts=PROMPTS[:2])))
+    stored = store_audio(store, 50, render(*tools, ValidationSpec(prompts=PROMPTS[:2], sampling=SAMPLING)))
     assert stored.paths == [
         "audio/step-00000050/prompt-00.flac",
         "audio/step-00000050/prompt-01.flac",
@@ -76,7 +103,7 @@ def test_songs_and_measures_are_in_the_run_directory(tools, tmp_path):
 
 def test_a_store_that_refuses_costs_the_songs_but_not_the_run(tools, tmp_path, caplog):
     (tmp_path / "runs").write_text("a file where a folder should be")
-    songs = render(*tools, ValidationSpec(prompts=PROMPTS[:1]))
+    songs = render(*tools, ValidationSpec(prompts=PROMPTS[:1], sampling=SAMPLING))
     stored = store_audio(open_store(f"file://{tmp_path}/runs/x"), 50, songs)
     assert stored.metrics == {}
     assert "prompt-00.flac is lost" in caplog.text

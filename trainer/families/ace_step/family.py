@@ -1,7 +1,7 @@
 """The ACE-Step family: what the trainer sees of it."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -121,20 +121,17 @@ class AceStepFamily(Family):
         return found
 
     def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
-        """``latents`` [8, 16, T], float16, for the prompts' tags and lyrics; ``sampling.guidance`` alone counts."""
+        """``latents`` [8, 16, T], float16, for the prompts' tags and lyrics; see ``generate.generate``."""
         frames = [max(int(prompt.seconds * self.frame_rate), 1) for prompt in prompts]
-        dice = [np.random.Generator(np.random.PCG64(prompt.seed)) for prompt in prompts]
-        shapes = [(*dcae.SHAPE, count) for count in frames]
         device = next(network.parameters()).device
-        noise, inside = padded(
-            [die.standard_normal(shape, np.float32) for die, shape in zip(dice, shapes, strict=True)]
-        )
         rows = self.conditions([{"tags": prompt.tags, "lyrics": prompt.lyrics} for prompt in prompts])
         conditions = self._conditions({name: value.to(device) for name, value in _condition_tensors(rows).items()})
         dim_text, _ = padded(dimmed(self._text, [prompt.tags for prompt in prompts]), axis=0)
-        dim_text, inside = dim_text.to(device), inside.to(device)
-        sampler = Sampler(guidance=sampling.guidance, shift=self.model.shift)
-        steps = generate(network, noise.to(device), conditions, dim_text, Frames(inside, inside), sampler)
+        _, inside = padded([np.zeros(count) for count in frames])
+        inside = inside.to(device)
+        noise = (drawn.to(device) for drawn in _noise([prompt.seed for prompt in prompts], frames))
+        sampler = Sampler(shift=self.model.shift, **sampling.given)
+        steps = generate(network, noise, conditions, dim_text.to(device), Frames(inside, inside), sampler)
         _, latents = deque(steps, maxlen=1).pop()
         songs = zip(latents.cpu().numpy().astype(np.float16), frames, strict=True)
         return [{"latents": song[..., :count]} for song, count in songs]
@@ -166,6 +163,14 @@ class AceStepFamily(Family):
         text_hidden, text_mask, lyric_ids, lyric_mask = (tensors[name] for name in names)
         speaker = torch.zeros(len(text_hidden), self.release.config.speaker_embedding_dim, device=text_hidden.device)
         return Conditions(text_hidden, text_mask, text_mask.sum(1), lyric_ids, lyric_mask, speaker)
+
+
+def _noise(seeds: Sequence[int], frames: Sequence[int]) -> Iterator[Tensor]:
+    """Noise [B, 8, 16, T], again and again, each song's from its own seed; zeros beyond its frames."""
+    dice = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
+    while True:
+        drawn = [die.standard_normal((*dcae.SHAPE, count), np.float32) for die, count in zip(dice, frames, strict=True)]
+        yield padded(drawn)[0]
 
 
 def _drop(row: dict[str, np.ndarray], dice: np.random.Generator) -> None:

@@ -1,15 +1,16 @@
-"""Sampling: Euler steps along the flow, guided by the difference that tags and lyrics make.
+"""Sampling: steps along the flow, guided by the difference that tags and lyrics make.
 
 Guidance is adaptive projected guidance (Sadat et al. 2024, https://arxiv.org/abs/2410.02416) with momentum, in the
 middle part of the steps only. What it leads away from is not the absence of conditions but conditions seen dimly: the
-queries of some layers are weakened (upstream calls it ERG). All constants:
-ace-step/ACE-Step@d612523f50e252c0e138e68ae75b06223f96e934, ``pipeline_ace_step.py``.
+queries of some layers are weakened (upstream calls it ERG). All constants and samplers:
+ace-step/ACE-Step@d612523f50e252c0e138e68ae75b06223f96e934, ``pipeline_ace_step.py`` and ``schedulers/``.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import count, pairwise
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 from trainer.families.base import unwrapped
 
 from .network import AceStepNetwork, Conditions, Frames
-from .objective import SHIFT, TIMESTEPS, sampling_sigmas
+from .objective import SHIFT, TIMESTEPS, clean, noisy, sampling_sigmas
+
+Flow = Callable[[Float[Tensor, "B C F T"], Float[Tensor, ""]], Float[Tensor, "B C F T"]]
+"""Latents with noise and their σ → the velocity."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,18 @@ class Sampler:
     """How noise becomes latents.
 
     Attributes:
-        steps: Euler steps.
+        sampler: ``euler``; ``heun``, which goes on along the mean of the velocities at both ends of a step (but for
+            the last, whose end is no noise); or ``pingpong``, which goes to the end and back with fresh noise.
+        steps: from noise to latents.
         guidance: its strength; 1 is off.
         least_guidance: what the strength falls towards.
         decay: how much of the way it falls, over the guided steps.
-        interval: the middle share of the steps that is guided.
+        interval: the middle share of the calls that is guided; of as many calls as there are steps. Heun calls almost
+            twice as often, and so is guided in the first half: as upstream.
         momentum: share of the last differences that stays.
         norm: longest difference, for each channel.
         parallel: how much of the difference along the prediction itself is kept.
-        omega: steps are stretched about their mean by 0.9 … 1.1; 0 is no stretch.
+        omega: steps are stretched about their mean by 0.9 … 1.1; 0 is no stretch. Not those of ``pingpong``.
         omega_over_batch: about one mean for the batch, as upstream; a song then depends on its neighbours.
         tau: what weakened queries are multiplied by.
         weak_lyric_layers: first and last + 1 of the lyric encoder's layers; none: guided away from no lyrics at all.
@@ -43,8 +50,9 @@ class Sampler:
         timesteps: length of σ's training table.
     """
 
-    steps: int = 60
-    guidance: float = 15.0
+    sampler: str
+    steps: int
+    guidance: float
     least_guidance: float = 3.0
     decay: float = 0.0
     interval: float = 0.5
@@ -63,17 +71,17 @@ class Sampler:
 @torch.no_grad()
 def generate(
     network: nn.Module,
-    noise: Float[Tensor, "B C F T"],
+    noise: Iterator[Float[Tensor, "B C F T"]],
     conditions: Conditions,
     dim_text: Float[Tensor, "B L text_width"],
     frames: Frames,
     sampler: Sampler,
 ) -> Iterator[tuple[Float[Tensor, "B C F T"], Float[Tensor, "B C F T"]]]:
-    """After each step, the guided velocity and the latents.
+    """After each call of the network, the guided velocity and the latents.
 
     Args:
         network: in eval mode; may be wrapped by PEFT.
-        noise: where the songs start.
+        noise: where the songs start, and then what ``pingpong`` adds, step by step.
         conditions: what they are made from.
         dim_text: tags as the dim side of the guidance sees them; zeros for none.
         frames: which of the frames are the songs'.
@@ -81,20 +89,45 @@ def generate(
     """
     core = unwrapped(network, AceStepNetwork)
     clear, dim = core.encode(conditions), _dim_context(core, conditions, dim_text, sampler)
-    sigmas = sampling_sigmas(sampler.steps, sampler.shift, sampler.timesteps).to(noise.device)
+    sigmas = sampling_sigmas(sampler.steps, sampler.shift, sampler.timesteps).to(clear.hidden.device)
     first, last = (int(sampler.steps * (0.5 + sign * sampler.interval / 2)) for sign in (-1, 1))
-    latents, running = noise, torch.zeros_like(noise)
-    for step in range(sampler.steps):
-        timestep = (sampler.timesteps * sigmas[step]).expand(len(noise))
+    calls, running = count(), torch.zeros(())
+
+    def flow(latents: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal running
+        call, timestep = next(calls), (sampler.timesteps * sigma).expand(len(latents))
         velocity = _masked(core.decode(latents, timestep, clear, frames)[0], frames)
-        if first <= step < last and sampler.guidance > 1:
-            with weakened(_query_layers(core, sampler), sampler.tau):
-                other = _masked(core.decode(latents, timestep, replace(clear, hidden=dim), frames)[0], frames)
-            running = velocity - other + sampler.momentum * running
-            strength = _strength(sampler, (step - first) / max(last - first - 1, 1))
-            velocity = velocity + (strength - 1) * projected(running, velocity, sampler)
-        latents = latents + _stretched((sigmas[step + 1] - sigmas[step]) * velocity, frames, sampler)
+        if not first <= call < last or sampler.guidance <= 1:
+            return velocity
+        with weakened(_query_layers(core, sampler), sampler.tau):
+            other = _masked(core.decode(latents, timestep, replace(clear, hidden=dim), frames)[0], frames)
+        running = velocity - other + sampler.momentum * running
+        strength = _strength(sampler, (call - first) / max(last - first - 1, 1))
+        return velocity + (strength - 1) * projected(running, velocity, sampler)
+
+    yield from follow(flow, noise, sigmas, frames, sampler)
+
+
+def follow(
+    flow: Flow,
+    noise: Iterator[Float[Tensor, "B C F T"]],
+    sigmas: Float[Tensor, " steps+1"],
+    frames: Frames,
+    sampler: Sampler,
+) -> Iterator[tuple[Float[Tensor, "B C F T"], Float[Tensor, "B C F T"]]]:
+    """The same for any ``flow``, from σ to σ."""
+    latents = next(noise)
+    for sigma, then in pairwise(sigmas):
+        start, velocity = latents, flow(latents, sigma)
+        if sampler.sampler == "pingpong":
+            latents = noisy(clean(start, velocity, sigma[None]), next(noise), then[None])
+        else:
+            latents = start + _stretched((then - sigma) * velocity, frames, sampler)
         yield velocity, latents
+        if sampler.sampler == "heun" and then > 0:
+            second = flow(latents, then)
+            latents = start + _stretched((then - sigma) * (velocity + second) / 2, frames, sampler)
+            yield second, latents
 
 
 def projected(

@@ -9,7 +9,7 @@ from trainer.codecs import dcae
 from trainer.codecs.adamos import LogMel, Vocoder, VocoderConfig
 from trainer.families.verify import Case
 
-from .generate import Sampler, generate
+from .generate import Sampler, follow, generate
 from .network import AceStepNetwork, Conditions, Config, Frames
 from .objective import (
     clean,
@@ -24,7 +24,14 @@ from .objective import (
 
 def run(case: Case) -> dict[str, Tensor]:
     """Our outputs of ``case``."""
-    kinds = {"sigmas": _sigmas, "generate": _generate, "train": _train, "dcae": _dcae, "mel": _mel_vocoder}
+    kinds = {
+        "sigmas": _sigmas,
+        "samplers": _samplers,
+        "generate": _generate,
+        "train": _train,
+        "dcae": _dcae,
+        "mel": _mel_vocoder,
+    }
     return next(adapter for kind, adapter in kinds.items() if case.name.startswith(kind))(case)
 
 
@@ -44,6 +51,26 @@ def _sigmas(case: Case) -> dict[str, Tensor]:
         sigmas = sampling_sigmas(steps, shift, timesteps)
         found |= {f"sigmas_{steps}": sigmas, f"timesteps_{steps}": timesteps * sigmas[:-1]}
     return found
+
+
+def _samplers(case: Case) -> dict[str, Tensor]:
+    return {**_followed(case, "euler"), **_followed(case, "heun"), **_followed(case, "pingpong")}
+
+
+def _followed(case: Case, sampler: str) -> dict[str, Tensor]:
+    given, config = case.inputs, case.config
+    everywhere = torch.ones(len(given["start"]), given["start"].shape[-1], dtype=torch.bool)
+    velocities, timesteps = iter(given["velocity"]), list[Tensor]()
+
+    def flow(_: Tensor, sigma: Tensor) -> Tensor:
+        timesteps.append(config["num_train_timesteps"] * sigma)
+        return next(velocities)
+
+    settings = Sampler(sampler, config["infer_steps"], 1.0, omega=config["omega_scale"], omega_over_batch=True)
+    sigmas = sampling_sigmas(settings.steps, config["shift"], config["num_train_timesteps"])
+    noise = iter([given["start"], *given["added"]])
+    steps = list(follow(flow, noise, sigmas, Frames(everywhere, everywhere), settings))
+    return {sampler: torch.stack([latents for _, latents in steps]), f"{sampler}_timesteps": torch.stack(timesteps)}
 
 
 @torch.no_grad()
@@ -86,6 +113,7 @@ def _generate(case: Case) -> dict[str, Tensor]:
     given, config = case.inputs, case.config
     everywhere = torch.ones(len(given["noise"]), given["noise"].shape[-1], dtype=torch.bool)
     sampler = Sampler(
+        sampler="euler",
         steps=config["infer_steps"],
         guidance=config["guidance_scale"],
         least_guidance=config["min_guidance_scale"],
@@ -104,7 +132,7 @@ def _generate(case: Case) -> dict[str, Tensor]:
     )
     dim_text = given.get("text_hidden_null", torch.zeros_like(given["text_hidden"]))
     frames = Frames(everywhere, everywhere)
-    steps = list(generate(_network(case), given["noise"], _conditions(given), dim_text, frames, sampler))
+    steps = list(generate(_network(case), iter([given["noise"]]), _conditions(given), dim_text, frames, sampler))
     velocities, latents = zip(*steps, strict=True)
     return {"predictions": torch.stack(velocities), "latents": torch.stack(latents)}
 

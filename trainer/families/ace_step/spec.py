@@ -63,6 +63,7 @@ SPEC = FamilySpec(
     dims=Dims(24, 2560, 6400, 20, 0, 0, 3_305_659_264, 768),
     tiny=Dims(2, 32, 80, 2, 0, 0, 441_328, 32),
     modules=_modules,
+    sampling={"guidance": 15.0, "sampler": "euler", "steps": 60},
     harmful_targets=dict.fromkeys(("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), _IDLE),
     train_also={"lyric_embs": 6_853_632, "lyric_encoder": 82_934_784, "lyric_proj": 2_624_000},
     presets={

@@ -96,8 +96,6 @@ class FishSpeechFamily(Autoregressive):
     def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
         """``codes`` [8, T] of the prompts' lyrics, at most as long as asked for: a song ends where the network ends it.
 
-        Guidance does not exist here. ``top_p`` and the repetition penalty are upstream's.
-
         Raises:
             DataError: a prompt is longer than the network has positions, or names a speaker to 1.5.
         """
@@ -106,7 +104,7 @@ class FishSpeechFamily(Autoregressive):
         for index, (before, count) in enumerate(zip(given, frames, strict=True), 1):
             self._check_length(before.shape[1] + count, f"prompt {index}")
         draws = draw_table(frames, [each.seed for each in prompts], 1 + self.codebooks)
-        sampler = Sampler(temperature=sampling.temperature, top_k=sampling.top_k)
+        sampler = Sampler(**sampling.given)
         songs = generate(network, given, frames, draws, sampler, self.tokenizer.end)
         return [{"codes": self._codes(song)} for song in songs]
 
@@ -118,7 +116,7 @@ class FishSpeechFamily(Autoregressive):
         text, tags = example.text.get("lyrics", ""), example.text.get("tags", "")
         before = prompt(self.tokenizer, text, tags, self.codebooks)
         draws = torch.zeros(1, frames, 1 + self.codebooks)
-        sampler = Sampler(top_k=1, repetition_penalty=1.0)
+        sampler = Sampler(temperature=1.0, top_p=1.0, top_k=1, repetition_penalty=1.0)
         (made,) = generate(network, [before], [frames], draws, sampler, self.tokenizer.end)
         made = made.cpu()
         labels = made.masked_fill(~made[1:-1].any(0) & (torch.arange(len(made)) > 0)[:, None], NO_LABEL)

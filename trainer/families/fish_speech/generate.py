@@ -29,13 +29,13 @@ class Sampler:
         top_p: the likeliest ids whose probabilities sum up to this much stay (Holtzman et al. 2019,
             https://arxiv.org/abs/1904.09751); 0 leaves the best.
         top_k: no more ids than this stay; 0 is no limit.
-        repetition_penalty: of ids among the last frames (Keskar et al. 2019, https://arxiv.org/abs/1909.05858).
+        repetition_penalty: of ids among the last frames; 1 is off (Keskar et al. 2019, https://arxiv.org/abs/1909.05858).
     """
 
-    temperature: float = 0.7
-    top_p: float = 0.7
-    top_k: int = 0
-    repetition_penalty: float = 1.2
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
 
     def __call__(
         self, logits: Float[Tensor, "B V"], draws: Float[Tensor, " B"], recent: Int[Tensor, "B W"] | None

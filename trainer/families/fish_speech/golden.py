@@ -61,7 +61,7 @@ def _train(case: Case, network: nn.Module) -> dict[str, Tensor]:
 
 def _generate(case: Case) -> dict[str, Tensor]:
     told = case.told["generate"]
-    sampler = Sampler(told["temperature"], told["top_p"], repetition_penalty=told["repetition_penalty"])
+    sampler = Sampler(told["temperature"], told["top_p"], top_k=0, repetition_penalty=told["repetition_penalty"])
     frames, prompt = told["max_new_tokens"], case.inputs["prompt"]
     draws = torch.zeros(1, frames, len(prompt))
     (codes,) = generate(

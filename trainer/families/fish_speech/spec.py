@@ -57,6 +57,7 @@ SPEC = FamilySpec(
     dims=Dims(24, 1024, 4096, 16, 1024, 8, 637_921_280),
     tiny=Dims(2, 64, 128, 4, 1024, 8, 932_352),
     modules=_modules,
+    sampling={"temperature": 0.7, "top_p": 0.7, "top_k": 0, "repetition_penalty": 1.2},
     other_dims=_dims_of_1_4,
     presets={
         "fish-speech/r8a16": Preset(

@@ -113,9 +113,11 @@ class HeartMuLaFamily(Autoregressive):
         texts = [self._prompt(prompt.tags, prompt.lyrics) for prompt in prompts]
         for index, ((rows, _), count) in enumerate(zip(texts, frames, strict=True)):
             self._check_length(len(rows), count, f"prompt {index + 1}")
-        take = sampler(sampling, [prompt.seed for prompt in prompts], max(frames), self.codebooks)
+        told = sampling.given
+        guidance = told.pop("guidance")
+        take = sampler([prompt.seed for prompt in prompts], max(frames), self.codebooks, **told)
         rows, slots = zip(*texts, strict=True)
-        songs = generate(network, rows, slots, frames, sampling.guidance, take)
+        songs = generate(network, rows, slots, frames, guidance, take)
         return [{"codes": np.where(codes < self.vocabulary, codes, 0).astype(np.uint16)} for codes in songs]
 
     def greedy(self, network: nn.Module, example: Example, frames: int) -> Batch:

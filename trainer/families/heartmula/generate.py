@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from trainer.families.base import unwrapped
 from trainer.families.sampling import draw_table, sample
-from trainer.spec.job import Sampling
 
 from .network import HeartMuLaNetwork, RowCache
 
@@ -71,12 +70,12 @@ def generate(
     return [song[:, :count] for song, count in zip(together, ends.tolist(), strict=True)]
 
 
-def sampler(sampling: Sampling, seeds: Sequence[int], frames: int, books: int) -> Take:
+def sampler(seeds: Sequence[int], frames: int, books: int, *, temperature: float, top_k: int) -> Take:
     """Temperature and top-k; the code taken is where the cumulative probability passes the song's random number."""
     draws = draw_table([frames] * len(seeds), seeds, books)
 
     def take(frame: int, book: int, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-        return sample(logits, draws[:, frame, book].to(logits.device), sampling.temperature, sampling.top_k)
+        return sample(logits, draws[:, frame, book].to(logits.device), temperature, top_k)
 
     return take
 

@@ -46,6 +46,7 @@ SPEC = FamilySpec(
     dims=Dims(28, 3072, 8192, 24, 8197, 8, 3_938_113_536),
     tiny=Dims(2, 64, 128, 4, 1029, 8, 1_223_552),
     modules=_modules,
+    sampling={"guidance": 1.5, "temperature": 1.0, "top_k": 50},
     presets={
         "heartmula/attention": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "output_proj")),
         "heartmula/all-linear": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")),

@@ -114,14 +114,15 @@ class MusicGenFamily(Autoregressive):
         conditions = self.conditions([{"tags": prompt.tags} for prompt in prompts])
         text = padded([condition["text_hidden"] for condition in conditions], axis=0)
         seeds = [prompt.seed for prompt in prompts]
-        return [{"codes": codes} for codes in generate(network, frames, seeds, *text, sampling)]
+        return [{"codes": codes} for codes in generate(network, frames, seeds, *text, **sampling.given)]
 
     def greedy(self, network: nn.Module, example: Example, frames: int) -> Batch:
         """As ``collate`` makes it."""
         from .generate import generate
 
         text = padded([example.arrays["text_hidden"]], axis=0)
-        (codes,) = generate(network, [frames], [example.seed], *text, Sampling(guidance=1, top_k=1))
+        greedy = {"guidance": 1.0, "temperature": 1.0, "top_k": 1}
+        (codes,) = generate(network, [frames], [example.seed], *text, **greedy)
         return self.collate([replace(example, arrays={**example.arrays, "codes": codes})], training=False)
 
     def predictions(self, network: nn.Module, batch: Batch) -> list[Predictions]:

@@ -15,7 +15,6 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from trainer.families.base import unwrapped
 from trainer.families.sampling import draw_table, sample
-from trainer.spec.job import Sampling
 
 from .network import MusicGenNetwork
 
@@ -27,7 +26,10 @@ def generate(
     seeds: Sequence[int],
     text_hidden: Float[Tensor, "B L text_width"],
     text_mask: Bool[Tensor, "B L"],
-    sampling: Sampling,
+    *,
+    guidance: float,
+    temperature: float,
+    top_k: int,
 ) -> list[Int[np.ndarray, "K T"]]:
     """Codes of ``frames[b]`` frames for each row ``b``.
 
@@ -37,11 +39,13 @@ def generate(
         seeds: of each song's random numbers.
         text_hidden: hidden states of the descriptions.
         text_mask: where they are text; a row without any is unconditional.
-        sampling: guidance (Copet et al. 2023, section 3.4; 1 is off), temperature, top-k.
+        guidance: of the logits (Copet et al. 2023, section 3.4); 1 is off.
+        temperature: of the logits.
+        top_k: ids that are sampled from; 0 is all.
     """
     core = unwrapped(network, MusicGenNetwork)
     device, books = core.enc_to_dec_proj.weight.device, core.config.num_codebooks
-    guided = sampling.guidance > 1
+    guided = guidance > 1
     hidden, mask = text_hidden.to(device), text_mask.to(device)
     if guided:
         hidden, mask = torch.cat([hidden, hidden]), torch.cat([mask, torch.zeros_like(mask)])
@@ -55,8 +59,8 @@ def generate(
         logits = network(ids, hidden, mask, cache=cache)[:, :, -1].float()
         if guided:
             conditional, unconditional = logits.chunk(2)
-            logits = unconditional + sampling.guidance * (conditional - unconditional)
-        sampled = sample(logits, draws[:, step], sampling.temperature, sampling.top_k)
+            logits = unconditional + guidance * (conditional - unconditional)
+        sampled = sample(logits, draws[:, step], temperature, top_k)
         columns.append(sampled)
         frame = step - torch.arange(books, device=device)
         column = torch.where((frame >= 0) & (frame < ends), sampled, core.pad)

@@ -87,6 +87,7 @@ SPEC = FamilySpec(
     dims=_dims(layers=48, width=2048, ffn=8192, heads=32, vocabulary=2048, codebooks=4, text_width=768),
     tiny=_dims(layers=2, width=64, ffn=128, heads=4, vocabulary=256, codebooks=4, text_width=64),
     modules=_modules,
+    sampling={"guidance": 3.0, "temperature": 1.0, "top_k": 250},
     other_dims=_told_dims,
     train_also={"enc_to_dec_proj": 1_574_912},
     presets={

@@ -141,7 +141,9 @@ class SongBloomFamily(Autoregressive):
         for row, told in enumerate(prompts):
             if told.style:
                 _put(prompt[row], self._style(told.style))
-        settings = Settings(sampling.guidance, sampling.guidance, sampling.temperature, sampling.top_k)
+        asked = sampling.given
+        guidance = asked.pop("guidance")
+        settings = Settings(guidance, guidance, **asked)
         frames = [max(round(prompt.seconds * FRAME_RATE), 1) for prompt in prompts]
         draws = [SeededDraws(prompt.seed) for prompt in prompts]
         songs = generate(network, torch.from_numpy(lyric_batch(lyrics)), prompt, frames, draws, settings)
@@ -157,7 +159,7 @@ class SongBloomFamily(Autoregressive):
 
         lyrics = lyric_batch([self._vocabulary.annotate(example.arrays["lyric_ids"]), self._no_lyrics])
         style = self.collate([example], training=False).tensors["prompt"]
-        settings = Settings(1, 1, top_k=1, steps=4, penalty_window=0)
+        settings = Settings(1, 1, temperature=1, top_k=1, steps=4, flow_temperature=1, repetition_penalty=1)
         draws = [SeededDraws(example.seed)]
         ((sketch, latents),) = generate(network, torch.from_numpy(lyrics), style, [frames], draws, settings)
         if not len(sketch):

@@ -22,13 +22,10 @@ from trainer.families.sampling import sample
 from .network import SongBloom
 from .transformer import Cache
 
-PENALTY = 1.1
-"""By which the logits of recent ids are divided."""
-
 
 @dataclass(frozen=True)
 class Settings:
-    """How a song is sampled; the defaults are the releases'.
+    """How a song is sampled.
 
     Attributes:
         plan_guidance: of the logits; 1 is off.
@@ -37,15 +34,17 @@ class Settings:
         top_k: ids that are sampled from; 0 is all.
         steps: Euler steps a block.
         flow_temperature: where the flow, until then without noise, is given noise; from 1 on, it starts from noise.
-        penalty_window: ids within which repetition is penalised; 0 is off.
+        repetition_penalty: what the logits of recent ids are divided by; 1 is off.
+        penalty_window: how many ids are recent (the releases').
     """
 
-    plan_guidance: float = 1.5
-    flow_guidance: float = 1.5
-    temperature: float = 0.9
-    top_k: int = 100
-    steps: int = 36
-    flow_temperature: float = 0.95
+    plan_guidance: float
+    flow_guidance: float
+    temperature: float
+    top_k: int
+    steps: int
+    flow_temperature: float
+    repetition_penalty: float
     penalty_window: int = 50
 
 
@@ -138,18 +137,18 @@ def _sketch(
     for chance in chances.unbind(1):
         conditional, without = logits.chunk(2)
         guided = without + settings.plan_guidance * (conditional - without)
-        if before.shape[1] and settings.penalty_window:
-            guided = _penalised(guided, ids[:, -settings.penalty_window :])
+        if before.shape[1]:
+            guided = _penalised(guided, ids[:, -settings.penalty_window :], settings.repetition_penalty)
         ids = torch.cat([ids, sample(guided, chance, settings.temperature, settings.top_k)[:, None]], dim=1)
         logits, h = network("next_token", ids[:, -1].repeat(2), cache)
     return ids[:, before.shape[1] :], h[: len(ids)]
 
 
-def _penalised(logits: Float[Tensor, "B V"], recent: Int[Tensor, "B window"]) -> Float[Tensor, "B V"]:
+def _penalised(logits: Float[Tensor, "B V"], recent: Int[Tensor, "B window"], penalty: float) -> Float[Tensor, "B V"]:
     """Divided whatever their sign, as upstream does; the end is never penalised."""
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, recent, True)
     seen[:, -1] = False
-    return torch.where(seen, logits / PENALTY, logits)
+    return torch.where(seen, logits / penalty, logits)
 
 
 def _render(

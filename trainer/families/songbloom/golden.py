@@ -89,10 +89,12 @@ def _generated(case: Case, network: SongBloom) -> dict[str, Tensor]:
     settings = Settings(
         plan_guidance=plan_guidance,
         flow_guidance=flow_guidance,
+        temperature=1.0,
         top_k=1,
         steps=told["steps"],
         flow_temperature=told["diff_temp"],
-        penalty_window=told["penalty_window"] if told["penalty_repeat"] else 0,
+        repetition_penalty=1.1 if told["penalty_repeat"] else 1.0,
+        penalty_window=told.get("penalty_window", 50),
     )
     lyrics = _lyrics(network, [*case.told["strings"]["lyrics"], ""])
     frames, draws = [told["max_frames"]], [_Given(case.inputs["noise"])]

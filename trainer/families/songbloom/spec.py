@@ -17,6 +17,11 @@ class SongBloom(BaseModelSpec):
     """Longer songs are cut into segments of at most this length; 240 for the release of that name."""
 
 
+def _sampling_of_240s(model: SongBloom) -> dict[str, float]:
+    """As a third party publishes the configuration of that release."""
+    return {"flow_temperature": 0.9} if model.segment_seconds > 150 or "240s" in model.pretrained else {}
+
+
 def _modules(dims: Dims) -> Modules:
     square = ((dims.width, dims.width, dims.layers),)
     up, down = ((dims.width, dims.ffn, dims.layers),), ((dims.ffn, dims.width, dims.layers),)
@@ -45,6 +50,15 @@ SPEC = FamilySpec(
     dims=Dims(36, 1536, 6144, 24, 16_384, 1, 1_872_260_801),
     tiny=Dims(2, 64, 128, 2, 256, 1, 251_333),
     modules=_modules,
+    sampling={
+        "guidance": 1.5,
+        "temperature": 0.9,
+        "top_k": 100,
+        "repetition_penalty": 1.1,
+        "steps": 36,
+        "flow_temperature": 0.95,
+    },
+    other_sampling=_sampling_of_240s,
     harmful_targets={
         **dict.fromkeys(("to_qkv", "to_out", "project_in", "project_out", "to_timestep_embed", "block_conv"), _VOCALS),
         **{f"ff.ff.0.{name}": _BOTH_STAGES.format(name) for name in ("up_proj", "gate_proj")},
