@@ -118,6 +118,8 @@ def test_merged_weights_in_upstreams_format_compute_what_the_adapter_computes(su
 
 def test_modules_trained_beside_an_adapter_learn_come_back_and_are_merged(subject: Subject, tmp_path: Path) -> None:
     spec = FAMILIES[subject.model.family]
+    if not spec.train_also:
+        pytest.skip("it has no such modules")
     method = Lora(type="lora", rank=4, train_also=tuple(TrainAlso(modules=name) for name in spec.train_also))
     network = apply(subject.family.network(), method, spec)
     before, after, still = subject.step(network, method)
@@ -125,7 +127,6 @@ def test_modules_trained_beside_an_adapter_learn_come_back_and_are_merged(subjec
     trained = {name for name, value in network.named_parameters() if "modules_to_save" in name and value.requires_grad}
     assert {name.split(".")[2] for name in trained} == set(spec.train_also)
     assert not trained & still
-    assert not any(f".{name}.original_module." in learnt for learnt in trained for name in spec.train_also)
     save_adapter(network, tmp_path / "伴奏")
     back = apply(subject.family.network(), method, spec, seed=1)
     load_adapter(back, tmp_path / "伴奏")

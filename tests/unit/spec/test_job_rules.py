@@ -83,7 +83,8 @@ IMPOSSIBLE = [
     (
         ["model={family: songbloom, pretrained: random:tiny}", "validation={}", "method.targets=[to_q, to_kv]"],
         "method.targets.0: to_q is refused: SongBloom has to_qkv alone, and adapting the DiT that renders the sound "
-        "destroyed the vocals",
+        "destroyed the vocals from the first epochs; safe are q_proj and v_proj; to insist, write "
+        "allow_harmful_targets: true",
     ),
     (
         [
