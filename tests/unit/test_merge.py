@@ -53,12 +53,11 @@ def test_the_command_merges_and_overwrites_nothing(
     learnt: Learnt, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run, to = learnt("musicgen", rank=4), f"file://{tmp_path}/合成"
-    command = ["merge", "sakura", "--store", f"file://{tmp_path}", "--to", to]
-    assert utaforge([*command, "--step", "10"]) == 0
+    assert utaforge(["merge", "sakura", "--store", f"file://{tmp_path}", "--to", to, "--step", "10"]) == 0
     assert f"{to}: config.json, model.safetensors" in capfd.readouterr().out
     network = loaded(run, tmp_path / "合成")[1]
     before = {path: path.read_bytes() for path in files(tmp_path / "合成")}
-    assert utaforge(command) == StoreError.exit_code == main([run.url, to])
+    assert main([run.url, to]) == StoreError.exit_code
     told = capfd.readouterr().err
     assert f"{to} is not empty: it holds config.json" in told and "name a new folder; nothing is overwritten" in told
     assert {path: path.read_bytes() for path in files(tmp_path / "合成")} == before
