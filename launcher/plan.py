@@ -9,7 +9,7 @@ from launcher.memory import Load, Memory, Precision, Strategy, memory, most_posi
 from launcher.profiles import GIB, Profile, cores_here, find_profile, ram_here
 from trainer.spec import Job, JobError
 from trainer.spec.families import FAMILIES, dims_of
-from trainer.spec.family import lora_parameters, matches
+from trainer.spec.family import adapted, lora_parameters
 from trainer.spec.job import BatchSeconds
 from trainer.spec.model import Lora
 
@@ -166,18 +166,16 @@ def _strategy(job: Job, profile: Profile, ranks: int, device_bytes: int) -> tupl
 
 def _load(job: Job, profile: Profile, ranks: int, strategy: Strategy) -> Load:
     family, dims = FAMILIES[job.model.family], dims_of(job.model)
-    trained, frozen, adapted = dims.parameters, 0, 0
+    trained, frozen, layers = dims.parameters, 0, 0
     if isinstance(job.method, Lora):
-        targets = family.targets(job.method)
-        also = sum(family.train_also[each.modules] for each in job.method.train_also)
-        trained = lora_parameters(family, dims, job.method.rank, targets, dora=job.method.dora)
-        trained += round(also * dims.parameters / family.dims.parameters)
+        targets, also = family.targets(job.method), _trained_in_full(job.method)
+        trained = lora_parameters(family, dims, job.method.rank, targets, dora=job.method.dora, train_also=also)
+        trained += round(sum(family.train_also[name] for name in also) * dims.parameters / family.dims.parameters)
         frozen = dims.parameters
-        modules = family.modules(dims)
-        adapted = sum(len(modules[name]) for name in modules if any(matches(name, target) for target in targets))
+        layers = sum(len(shapes) for shapes in adapted(family, dims, targets, also).values())
     precision = _precision(job, profile)
     checkpointing, gpu = job.train.gradient_checkpointing, profile.gpu is not None
-    return Load(dims, trained, frozen, adapted, precision, strategy, ranks, 0, checkpointing, gpu)
+    return Load(dims, trained, frozen, layers, precision, strategy, ranks, 0, checkpointing, gpu)
 
 
 def _positions(job: Job, profile: Profile, ranks: int, fitting: int) -> int | None:
@@ -238,8 +236,23 @@ def _frame_rate(job: Job) -> float:
 def _method(job: Job) -> str:
     if not isinstance(job.method, Lora):
         return "full fine-tuning"
-    targets = ", ".join(FAMILIES[job.model.family].targets(job.method))
-    return f"LoRA rank {job.method.rank}, alpha {job.method.alpha:g} on {targets}"
+    left_out, also = _left_out(job), _trained_in_full(job.method)
+    targets = ", ".join(name for name in FAMILIES[job.model.family].targets(job.method) if name not in left_out)
+    beside = f"; {', '.join(also)} in full" if also else ""
+    return f"LoRA rank {job.method.rank}, alpha {job.method.alpha:g} on {targets}{beside}"
+
+
+def _trained_in_full(method: Lora) -> list[str]:
+    return [each.modules for each in method.train_also]
+
+
+def _left_out(job: Job) -> list[str]:
+    """Targets of which nothing is adapted, because all of it lies in modules that are trained in full."""
+    if not isinstance(job.method, Lora):
+        return []
+    family, dims, also = FAMILIES[job.model.family], dims_of(job.model), _trained_in_full(job.method)
+    targets = family.targets(job.method)
+    return [name for name in targets if adapted(family, dims, [name]) and not adapted(family, dims, [name], also)]
 
 
 def _hours(job: Job, profile: Profile, load: Load, batch_seconds: float) -> tuple[float | None, str]:
@@ -273,6 +286,8 @@ def _usd(job: Job, profile: Profile, machines: int, hours: float | None) -> tupl
 
 def _checks(job: Job, profile: Profile, load: Load, machines: int, batch_seconds: float) -> Iterator[str]:
     train, ranks = job.train, load.ranks
+    if left_out := _left_out(job):
+        yield f"method.train_also: trains {', '.join(left_out)} in full with all around them; no adapter is put on them"
     if train.schedule.warmup > train.steps / 2:
         yield f"train.schedule.warmup: {train.schedule.warmup} of {train.steps} steps are warm-up"
     if batch_seconds < ranks * job.model.segment_seconds:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from launcher.plan import plan
 from launcher.runs import create_or_resume
 from trainer import worker
+from trainer.adapt import apply, save_adapter
 from trainer.audio.write import save
 from trainer.codecs import open_codec
 from trainer.data.dataset import Dataset, Writer
@@ -19,7 +20,8 @@ from trainer.data.shards import Song
 from trainer.families import open_family
 from trainer.spec import JobError, load_job
 from trainer.spec.data import Prepare
-from trainer.spec.families import Model
+from trainer.spec.families import FAMILIES, Model
+from trainer.spec.model import Lora
 
 JOB = """\
 name: hanabi
@@ -91,6 +93,14 @@ def test_an_id_out_of_range_names_shard_and_song(songs: Path) -> None:
 def test_a_harmful_target_is_refused_by_name(songs: Path) -> None:
     with pytest.raises(JobError, match=r"to_qkv.*destroyed the vocals"):
         failure(songs, '{family: songbloom, pretrained: "random:tiny"}', "{type: lora, targets: [to_qkv]}")
+
+
+def test_an_adapter_of_another_rank_to_continue_from(songs: Path) -> None:
+    network = open_family(TypeAdapter(Model).validate_python({"family": "musicgen", "pretrained": "random:tiny"}))
+    save_adapter(apply(network.network(), Lora(type="lora", rank=4), FAMILIES["musicgen"]), songs / "前の重み")
+    url = f"file://{songs}/前の重み"
+    told = failure(songs, method=f'{{type: lora, rank: 2, alpha: 4, init: "{url}"}}')
+    assert f"the adapter in {url} has r = 4, the job's method asks for 2" in told
 
 
 def test_weights_of_a_codec_that_are_missing(songs: Path) -> None:

@@ -92,6 +92,22 @@ def test_gradient_checkpointing_changes_no_number() -> None:
         assert (two.loss, two.grad_norm) == pytest.approx((one.loss, one.grad_norm), rel=1e-6)
 
 
+def test_lora_plus_moves_the_b_matrices_so_many_times_as_far() -> None:
+    method = METHOD.model_copy(update={"lora_plus": 16})
+    network = apply(FAMILY.network(), method, FAMILIES["musicgen"])
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)  # or the A matrices have no gradient
+    section = train(optimizer=Optimizer(lr=1e-4, weight_decay=0.0, eps=1e-15))
+    place = {"strategy": "ddp", "precision": "fp32", "device": torch.device("cpu")}
+    fast = Engine(network, FAMILY, section, parameter_groups(network, method, section.optimizer), **place)
+    before = fast.state().tensors
+    fast.step([(batch(12), 1.0)], 1e-4)
+    moved = {name: float((v["param"] - before[name]["param"]).abs().max()) for name, v in fast.state().tensors.items()}
+    assert moved == {name: pytest.approx(16e-4 if "lora_B" in name else 1e-4, rel=0.01) for name in moved}
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves() -> None:
     trained = engine()
     trained.step([(batch(9), 1.0)], 1e-2)

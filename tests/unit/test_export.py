@@ -1,6 +1,5 @@
 """``utaforge export``: adapters in upstream's own formats compute what they compute here."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,52 +10,19 @@ from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from torch import Tensor, nn
 
 from launcher.cli import run as utaforge
-from trainer.adapt import apply, save_adapter
+from tests.unit.conftest import Learnt
 from trainer.families import open_family
 from trainer.families.ace_step.network import AceStepNetwork
 from trainer.families.base import Example
 from trainer.merge import export, main
-from trainer.rundir import RunDirectory
-from trainer.spec import Job, dump_job
 from trainer.spec.errors import UtaforgeError
-from trainer.spec.families import FAMILIES
-from trainer.spec.model import Lora
 from trainer.validation.generate import load
 
-Learnt = Callable[..., RunDirectory]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4, "alpha": 12},
     "rslora": {"rank": 4, "alpha": 12, "rslora": True},
     "pissa": {"rank": 4, "alpha": 12, "pissa": True},
 }
-
-
-@pytest.fixture
-def learnt(tmp_path: Path) -> Learnt:
-    """A run of a tiny network with one checkpoint, as if it had been trained."""
-
-    def make(family: str, **method: Any) -> RunDirectory:
-        job = Job.model_validate(
-            {
-                "name": "sakura",
-                "store": f"file://{tmp_path}",
-                "model": {"family": family, "pretrained": "random:tiny"},
-                "method": {"type": "lora", **method},
-                "data": {"train": [{"dataset": "file:///歌"}]},
-                "train": {"steps": 40, "batch": {"songs": 2}},
-            }
-        )
-        run = RunDirectory(f"file://{tmp_path}/runs/sakura")
-        run.store.put("job.json", dump_job(job).encode())
-        if isinstance(job.method, Lora):
-            network = apply(open_family(job.model).network(), job.method, FAMILIES[family])
-            _disturb(network)
-            save_adapter(network, tmp_path / "重み")
-            files = {path.name: path for path in (tmp_path / "重み").iterdir()}
-            run.store.at("checkpoints/step-00000010").publish(files, step=10, meta={"validation_loss": 1.0})
-        return run
-
-    return make
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "preset"])
@@ -145,11 +111,3 @@ def _merged_by_loralib(network: nn.Module, adapter: dict[str, Tensor]) -> dict[s
             state[f"{name}.weight"] = layer.weight + (change.T if isinstance(layer, nn.Embedding) else change)
     assert not adapter
     return state
-
-
-@torch.no_grad()
-def _disturb(network: nn.Module) -> None:
-    draw = torch.Generator().manual_seed(1)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)

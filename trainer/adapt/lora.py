@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.spec.errors import TrainingError
-from trainer.spec.family import FamilySpec
+from trainer.spec.family import FamilySpec, matches
 from trainer.spec.model import Lora
+from trainer.weights import read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_ROOT = "base_model.model."
@@ -29,17 +30,18 @@ def apply(network: nn.Module, method: Lora, family: FamilySpec, *, seed: int = 0
     """Freeze ``network`` and put the adapter of ``method`` on it, in fp32, on the CPU.
 
     Until it is trained the adapter changes nothing (PiSSA: nothing but rounding). ``seed`` decides its random matrices,
-    so that every rank has the same. ``method.train_also``'s modules are trained in full, and saved and loaded with the
-    adapter. ``method.init`` is loaded.
+    so that every rank has the same. ``method.train_also``'s modules are trained in full, without an adapter on what is
+    inside them, and saved and loaded with the adapter. ``method.init`` is loaded.
 
     Raises:
-        TrainingError: a target or a module is not in the network (those that are there are listed), or a target is of
-            a kind that cannot be adapted.
+        TrainingError: a target or a module is not in the network (those that are there are listed), a target is of a
+            kind that cannot be adapted, nothing is left to adapt, or ``method.init`` is the adapter of another method
+            or network.
     """
     targets = family.targets(method)
-    _check_targets(network, targets, method)
     also = [each.modules for each in method.train_also]
     _check_modules(network, also)
+    _check_targets(network, targets, method)
     config = LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]  (any number will do)
@@ -86,45 +88,56 @@ def save_adapter(network: PeftModel, folder: Path, values: Mapping[str, Tensor] 
     _config_as_saved(network).save_pretrained(str(folder))
 
 
-def load_adapter(network: PeftModel, folder: Path) -> None:
+def load_adapter(network: PeftModel, folder: Path, place: str | None = None) -> None:
     """Put the adapter in ``folder`` in the place of the network's own.
 
+    Args:
+        network: with its adapter.
+        folder: with PEFT's two files.
+        place: where they come from, for errors; by default ``folder``.
+
     Raises:
-        TrainingError: it is of another shape (rank, alpha, targets, kind), or a file is missing.
+        TrainingError: it is of another kind or shape (rank, alpha, targets, network), or a file is missing.
     """
+    place = place or str(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise TrainingError(f"the adapter in {folder} has no {name}", "name a folder with PEFT's two files")
+            raise TrainingError(f"the adapter in {place} has no {name}", "name a folder with PEFT's two files")
+    if (kind := read_json(folder / CONFIG).get("peft_type")) != "LORA":
+        raise TrainingError(f"the adapter in {place} is {kind}, not LORA", "name a LoRA adapter")
     found = LoraConfig.from_pretrained(str(folder))
     assert isinstance(found, LoraConfig)
-    _check_same(found, _config_as_saved(network), folder)
+    _check_same(found, _config_as_saved(network), place)
     state = load_file(folder / WEIGHTS)
+    _check_tensors(state, adapter_state(network), place)
     for name, layer in _pissa_layers(network):
         _load_pissa(layer, state, name.removeprefix(_PEFT_ROOT))
-    result = set_peft_model_state_dict(network, state)
-    missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
-    if missing or result.unexpected_keys:
-        raise TrainingError(
-            f"the adapter in {folder} lacks {missing} and has unexpected {result.unexpected_keys}",
-            "use an adapter that was trained on this network",
-        )
+    set_peft_model_state_dict(network, state)
 
 
 def _check_targets(network: nn.Module, targets: tuple[str, ...], method: Lora) -> None:
     modules = dict(network.named_modules())
-    kinds = nn.Linear if method.pissa or method.dora else nn.Linear | nn.Embedding
-    for target in targets:
-        found = [module for name, module in modules.items() if f".{name}".endswith(f".{target}")]
-        if found and all(isinstance(module, kinds) for module in found):
-            continue
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.Linear)} - {*"0123456789"}
-        )
+    found = {target: {name: one for name, one in modules.items() if matches(name, target)} for target in targets}
+    for target, layers in found.items():
+        other = [one for one in layers.values() if not isinstance(one, nn.Linear | nn.Embedding)]
+        if other or not layers:
+            linear = {name.rpartition(".")[2] for name, one in modules.items() if isinstance(one, nn.Linear)}
+            raise TrainingError(
+                f"method.targets: {target!r} is a {type(other[0]).__name__}, not a linear layer" if other
+                else f"method.targets: the network has no linear layer named {target!r}",
+                f"choose from {', '.join(sorted(linear - {*'0123456789'}))}, or longer endings of their full names",
+            )  # fmt: skip
+        if method.pissa and any(isinstance(one, nn.Embedding) for one in layers.values()):
+            raise TrainingError(
+                f"method.targets: {target!r} is an Embedding, and PEFT starts linear layers alone by PiSSA",
+                "remove method.pissa or this target",
+            )
+    also = {each.modules for each in method.train_also}
+    if all(name.partition(".")[0] in also for layers in found.values() for name in layers):
         raise TrainingError(
-            f"method.targets: the network has no linear layer named {target!r}" if not found
-            else f"method.targets: {target!r} is a {type(found[0]).__name__}, not a linear layer",
-            f"choose from {', '.join(linear)}, or longer endings of their full names",
-        )  # fmt: skip
+            "method.targets: all of them are in modules that method.train_also trains in full",
+            "add another target, or use method full",
+        )
 
 
 def _check_modules(network: nn.Module, wanted: list[str]) -> None:
@@ -143,7 +156,7 @@ def _load_from_store(network: PeftModel, url: str) -> None:
     with TemporaryDirectory() as folder:
         for name in (CONFIG, WEIGHTS):
             store.download(name, Path(folder) / name)
-        load_adapter(network, Path(folder))
+        load_adapter(network, Path(folder), url)
 
 
 def _config(network: PeftModel) -> LoraConfig:
@@ -161,16 +174,30 @@ def _config_as_saved(network: PeftModel) -> LoraConfig:
     return saved
 
 
-def _check_same(found: LoraConfig, wanted: LoraConfig, folder: Path) -> None:
-    for field in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora"):
+def _check_same(found: LoraConfig, wanted: LoraConfig, place: str) -> None:
+    for field in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "alpha_pattern"):
         one, other = getattr(found, field), getattr(wanted, field)
         if field in ("target_modules", "modules_to_save"):
             one, other = sorted(one or []), sorted(other or [])
         if one != other:
             raise TrainingError(
-                f"the adapter in {folder} has {field} = {one}, the job's method asks for {other}",
-                "set method to what the adapter was trained with",
+                f"the adapter in {place} has {field} = {one}, the job's method asks for {other}",
+                "set method to what the adapter was trained with, or name another adapter",
             )
+
+
+def _check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place: str) -> None:
+    strange = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name].shape},
+    }
+    told = [f"{what}: {min(names)} and {len(names) - 1} more" for what, names in strange.items() if names]
+    if told:
+        raise TrainingError(
+            f"the adapter in {place} was trained on another network: {'; '.join(told)}",
+            "name an adapter that was trained on this network",
+        )
 
 
 def _is_pissa(network: PeftModel) -> bool:

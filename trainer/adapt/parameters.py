@@ -11,8 +11,9 @@ def parameter_groups(network: nn.Module, method: Method, optimizer: Optimizer) -
     """The trainable parameters as optimizer groups, each with its ``weight_decay`` and ``lr_scale``.
 
     Vectors (norms, biases, DoRA's magnitudes) do not decay. With LoRA+ the B matrices learn ``lora_plus`` times as fast
-    as the rest (Hayou et al. 2024, https://arxiv.org/abs/2402.12354). A module of ``method.train_also`` has rate and
-    decay of its own ``optimizer``, if it has one.
+    as the rest (Hayou et al. 2024, https://arxiv.org/abs/2402.12354), those of embeddings too; PEFT's helper
+    (``create_loraplus_optimizer``, 0.21.2) has the same rates for linear layers, and a fixed one for embeddings. A
+    module of ``method.train_also`` has rate and decay of its own ``optimizer``, if it has one.
     """
     fast = (method.lora_plus if isinstance(method, Lora) else None) or 1.0
     also = method.train_also if isinstance(method, Lora) else ()

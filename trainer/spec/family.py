@@ -1,6 +1,6 @@
 """What a family is without its network: prompts, safe and harmful targets, sizes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ class Preset:
     alpha: float
     targets: tuple[str, ...]
     rslora: bool = False
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class FamilySpec:
         prompt_fields: fields of a validation prompt that count.
         text_fields: texts of a song that training uses.
         safe_targets: adapted by default.
-        harmful_targets: module name → why adapting it does harm.
+        harmful_targets: module name → why adapting it, or what is inside it, does harm.
         presets: by their full name.
         train_also: modules that can be trained in full beside an adapter, and their parameters in the release.
         codecs: that it works with; the first is the release's.
         frame_rate: frames per second.
         dims: of the release.
         tiny: of ``random:tiny``.
-        modules: what can be adapted, by the network's size.
+        modules: what can be adapted, by the network's size; what lies in one of ``train_also`` begins with its name.
         sampling: the fields of ``validation.sampling`` that count, as upstream has them.
         other_sampling: those that differ in another release, where the job tells it.
         other_dims: the size of a network that is neither, where the job tells it.
@@ -104,9 +105,9 @@ class FamilySpec:
         return method.targets or self.safe_targets
 
     def harm(self, target: str) -> str | None:
-        """Why adapting ``target`` does harm, if it does."""
+        """Why adapting ``target`` does harm, if it does: it ends a harmful module's name, or contains it whole."""
         for name, reason in self.harmful_targets.items():
-            if matches(name, target) or matches(target, name):
+            if matches(name, target) or f".{name}." in f".{target}.":
                 return reason
         return None
 
@@ -116,15 +117,27 @@ def matches(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def lora_parameters(family: FamilySpec, dims: Dims, rank: int, targets: tuple[str, ...], *, dora: bool = False) -> int:
+def adapted(family: FamilySpec, dims: Dims, targets: Collection[str], train_also: Collection[str] = ()) -> Modules:
+    """The modules that ``targets`` name; PEFT leaves out what lies in a module that is trained in full anyway."""
+    return {
+        name: shapes
+        for name, shapes in family.modules(dims).items()
+        if any(matches(name, target) for target in targets) and name.partition(".")[0] not in train_also
+    }
+
+
+def lora_parameters(
+    family: FamilySpec,
+    dims: Dims,
+    rank: int,
+    targets: Collection[str],
+    *,
+    dora: bool = False,
+    train_also: Collection[str] = (),
+) -> int:
     """Trainable parameters of an adapter: rank · (inputs + outputs) for each adapted module; DoRA adds its outputs.
 
     Source: https://arxiv.org/abs/2106.09685 (LoRA), https://arxiv.org/abs/2402.09353 (DoRA).
     """
-    shapes = [
-        shape
-        for name, found in family.modules(dims).items()
-        if any(matches(name, target) for target in targets)
-        for shape in found
-    ]
+    shapes = [shape for found in adapted(family, dims, targets, train_also).values() for shape in found]
     return sum(count * (rank * (inputs + outputs) + dora * outputs) for inputs, outputs, count in shapes)

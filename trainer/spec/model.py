@@ -74,9 +74,9 @@ class Lora(Spec):
     alpha: PositiveFloat = 32
     dropout: Fraction = 0.0
     preset: str | None = None
-    """A named set of rank, alpha and targets (``musicgen/attention``, ``fish-speech/r8a16``, …).
+    """A named set of rank, alpha, targets, rslora and dropout (``musicgen/attention``, ``fish-speech/r8a16``, …).
 
-    ``rank`` and ``alpha`` given beside it win.
+    What is given beside it wins; targets cannot be.
     """
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Module names to adapt, matched as exact suffixes; by default the family's safe set."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from .cluster import Cloud, Kubernetes
 from .data import ValidationSet
 from .families import FAMILIES, PRESETS, codec_of
+from .family import adapted
 from .model import Full, Lora
 from .yaml import Fault, FieldPath, dotted, overlap
 
@@ -96,6 +97,16 @@ def _train_also(job: "Job") -> Iterator[Fault]:
         if also.modules not in known:
             what = f"{job.model.family} can also train {_or(known, 'and')}" if known else "there is nothing to add"
             yield Fault(("method", "train_also", index, "modules"), f"{also.modules} is not known; {what}")
+
+
+def _something_to_adapt(job: "Job") -> Iterator[Fault]:
+    if not isinstance(job.method, Lora):
+        return
+    family, also = FAMILIES[job.model.family], [each.modules for each in job.method.train_also]
+    targets = family.targets(job.method)
+    if adapted(family, family.dims, targets) and not adapted(family, family.dims, targets, also):
+        what = f"all of them are in {_or(also, 'and')}, which train_also trains in full; add another"
+        yield Fault(("method", "targets"), what)
 
 
 def _adapter_start(job: "Job") -> Iterator[Fault]:
@@ -200,6 +211,7 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("model.family", "method"), _harmful_targets),
     (("method",), _adapter_start),
     (("method", "model.family"), _train_also),
+    (("method", "model.family"), _something_to_adapt),
     (("model.family", "validation.prompts"), _prompts),
     (("model.family", "validation.sampling"), _sampling),
     (("validation.stop_if", "validation.prompts"), _stop_if),

@@ -107,7 +107,8 @@ def load(run: RunDirectory, step: str) -> tuple[Family, nn.Module]:
             tensors = load_sharded(folder).tensors
             with torch.no_grad():
                 for name, parameter in network.named_parameters():
-                    parameter.copy_(tensors[name]["param"])
+                    if parameter.requires_grad:  # what the family freezes was not trained, and is not in a checkpoint
+                        parameter.copy_(tensors[name]["param"])
         return family, network
 
 

@@ -6,9 +6,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from trainer.codecs import open_codec
+from trainer.families import open_family
 from trainer.families.base import Arrays, Example, Family
-from trainer.spec.families import FAMILIES
+from trainer.spec.families import FAMILIES, Model
 from trainer.spec.job import Sampling
+
+TEXT = {"tags": "祭り, koto, female vocal", "lyrics": "[verse] s a k u r a . [chorus] h a n a"}
+SECONDS = 2.0
+
+
+def sung(model: Model) -> list[Example]:
+    """Two songs of noise for a tiny network, encoded by its own codec."""
+    family, codec = open_family(model), open_codec(model)
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, codec.channels, round(SECONDS * codec.sample_rate)))
+    return examples(family, [codec.encode(audio.astype(np.float32)) for audio in noise], TEXT)
 
 
 def examples(family: Family, songs: Sequence[Arrays], *texts: Mapping[str, str]) -> list[Example]:

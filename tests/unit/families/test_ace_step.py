@@ -20,8 +20,9 @@ from trainer.families.ace_step.weights import FULL, WEIGHTS
 from trainer.families.base import Arrays, Example
 from trainer.families.text_encoder import T5Text
 from trainer.spec.errors import DataError, UtaforgeError
+from trainer.spec.family import lora_parameters
 from trainer.spec.job import Prompt
-from trainer.spec.model import Lora
+from trainer.spec.model import Lora, TrainAlso
 
 TEXTS = [{"tags": "童謡, piano", "lyrics": "[verse]\nさくら さくら"}, {"tags": "", "lyrics": "らら"}]
 FRAMES = (30, 21)
@@ -65,6 +66,19 @@ def test_the_full_size_has_the_release_s_parameters_and_no_buffers():
     assert not list(network.buffers())
     adapted = apply(network, Lora(type="lora", preset="ace-step/upstream", rank=1), SPEC)
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 1_022_976
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_plan_counts_what_is_trained_when_the_lyric_encoder_is_trained_in_full(dora: bool) -> None:
+    with torch.device("meta"):
+        network = AceStepNetwork(Config.of(FULL, "full"))
+    method = Lora(type="lora", rank=2, dora=dora, train_also=tuple(TrainAlso(modules=one) for one in SPEC.train_also))
+    adapted = apply(network, method, SPEC)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    also = SPEC.train_also
+    planned = lora_parameters(SPEC, SPEC.dims, 2, SPEC.targets(method), dora=dora, train_also=also)
+    assert trained == planned + sum(also.values())
+    assert not any("lora_" in name for name, _ in adapted.base_model.model.lyric_encoder.named_parameters())
 
 
 @pytest.mark.parametrize("ssl", [False, True])

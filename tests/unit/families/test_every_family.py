@@ -11,8 +11,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from tests.unit.families.conftest import examples, sampling
-from trainer.adapt import apply, parameter_groups
+from tests.unit.families.conftest import TEXT, sampling, sung
+from trainer.adapt import apply, load_adapter, parameter_groups, save_adapter
 from trainer.codecs import open_codec
 from trainer.engine import Engine
 from trainer.families import open_family
@@ -20,10 +20,8 @@ from trainer.families.base import Batch, Example, Family
 from trainer.spec.errors import UtaforgeError
 from trainer.spec.families import FAMILIES, Model, dims_of
 from trainer.spec.job import BatchSeconds, Prompt, Train
-from trainer.spec.model import Full, Lora, Method, Optimizer
+from trainer.spec.model import Full, Lora, Method, Optimizer, TrainAlso
 
-TEXT = {"tags": "祭り, koto, female vocal", "lyrics": "[verse] s a k u r a . [chorus] h a n a"}
-SECONDS = 2.0
 MODELS: dict[str, dict[str, Any]] = {
     "musicgen": {"codec": {"name": "encodec"}},
     "songbloom": {},
@@ -59,6 +57,11 @@ class Subject:
         preset = next(iter(FAMILIES[self.model.family].presets))
         return apply(self.family.network(), Lora(type="lora", preset=preset), FAMILIES[self.model.family])
 
+    def prompts(self) -> list[Prompt]:
+        """Two that differ in their seeds."""
+        text = {key: value for key, value in TEXT.items() if key in FAMILIES[self.model.family].prompt_fields}
+        return [Prompt(**text, seconds=1, seed=seed) for seed in (1, 2)]
+
     def step(self, network: nn.Module, method: Method) -> tuple[float, float, set[str]]:
         """Train one step: the loss before and after, and the names of the parameters that have not moved."""
         train = Train(steps=1, batch=BatchSeconds(seconds=1), optimizer=Optimizer(lr=1e-3, weight_decay=0.0))
@@ -82,10 +85,7 @@ def model(name: str, pretrained: str = "random:tiny") -> Model:
 @pytest.fixture(scope="module", params=MODELS)
 def subject(request: pytest.FixtureRequest) -> Subject:
     asked = model(request.param)
-    family, codec = open_family(asked), open_codec(asked)
-    noise = np.random.default_rng(0).normal(0, 0.1, (2, codec.channels, round(SECONDS * codec.sample_rate)))
-    songs = examples(family, [codec.encode(audio.astype(np.float32)) for audio in noise], TEXT)
-    return Subject(request.param, asked, family, songs)
+    return Subject(request.param, asked, open_family(asked), sung(asked))
 
 
 def test_no_family_is_left_out() -> None:
@@ -116,6 +116,32 @@ def test_merged_weights_in_upstreams_format_compute_what_the_adapter_computes(su
     assert torch.allclose(subject.sums(merged), wanted, rtol=1e-5)
 
 
+def test_modules_trained_beside_an_adapter_learn_come_back_and_are_merged(subject: Subject, tmp_path: Path) -> None:
+    spec = FAMILIES[subject.model.family]
+    if not spec.train_also:
+        pytest.skip("it has no such modules")
+    method = Lora(type="lora", rank=4, train_also=tuple(TrainAlso(modules=name) for name in spec.train_also))
+    network = apply(subject.family.network(), method, spec)
+    before, after, still = subject.step(network, method)
+    assert after < before
+    trained = {name for name, value in network.named_parameters() if "modules_to_save" in name and value.requires_grad}
+    assert {name.split(".")[2] for name in trained} == set(spec.train_also)
+    assert not trained & still
+    save_adapter(network, tmp_path / "伴奏")
+    back = apply(subject.family.network(), method, spec, seed=1)
+    load_adapter(back, tmp_path / "伴奏")
+    wanted = subject.sums(network)
+    assert torch.allclose(subject.sums(back), wanted, rtol=1e-6)
+    songs = subject.family.generate(back.eval(), subject.prompts(), sampling(subject.name))
+    subject.family.save(back.merge_and_unload(), tmp_path / "合成", {})
+    merged = open_family(model(subject.name, f"file://{tmp_path}/合成")).network().eval()
+    assert merged.state_dict().keys() == subject.family.network().state_dict().keys()
+    assert torch.allclose(subject.sums(merged), wanted, rtol=1e-5)
+    again = subject.family.generate(merged, subject.prompts(), sampling(subject.name))
+    for one, two in zip(songs, again, strict=True):
+        assert all(np.allclose(one[name].astype(float), two[name].astype(float), atol=1e-3) for name in one)
+
+
 def test_a_checkpoint_of_another_family_is_refused(subject: Subject, tmp_path: Path) -> None:
     folder = tmp_path / "壊れた"
     subject.family.save(subject.family.network(), folder, {})
@@ -126,10 +152,9 @@ def test_a_checkpoint_of_another_family_is_refused(subject: Subject, tmp_path: P
 
 def test_songs_follow_from_prompt_and_seed(subject: Subject) -> None:
     network = subject.family.network().eval()
-    text = {key: value for key, value in TEXT.items() if key in FAMILIES[subject.model.family].prompt_fields}
-    prompts = [Prompt(**text, seconds=1, seed=seed) for seed in (1, 2)]
-    first, second = subject.family.generate(network, prompts, sampling(subject.model.family))
-    (alone,) = subject.family.generate(network, prompts[1:], sampling(subject.model.family))
+    prompts, asked = subject.prompts(), sampling(subject.model.family)
+    first, second = subject.family.generate(network, prompts, asked)
+    (alone,) = subject.family.generate(network, prompts[1:], asked)
     assert alone.keys() == second.keys()
     for name, array in alone.items():
         assert array.shape == second[name].shape

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 
 from trainer.adapt import adapter_state, apply, load_adapter, parameter_groups, save_adapter
+from trainer.families import open_family
 from trainer.families.musicgen.network import MusicGenNetwork
 from trainer.families.musicgen.weights import load_network, open_release
-from trainer.spec.errors import TrainingError
+from trainer.families.songbloom.spec import SongBloom
+from trainer.spec.errors import StoreError, TrainingError
 from trainer.spec.families import FAMILIES
 from trainer.spec.model import Full, Lora, Optimizer
 
@@ -48,6 +51,8 @@ KINDS = {
     "pissa": method(pissa=True),
     "pissa, rslora": method(pissa=True, rslora=True),
     "all targets": method(targets=("q_proj", "fc1", "fc2", "enc_to_dec_proj")),
+    "embeddings": method(targets=("embed_tokens.0", "v_proj")),
+    "embeddings, dora": method(targets=("embed_tokens.0", "v_proj"), dora=True),
     "a module beside": method(train_also=({"modules": "enc_to_dec_proj", "optimizer": {"lr": 1e-3}},)),
 }
 
@@ -80,6 +85,7 @@ def test_what_is_saved_is_loaded_by_peft_alone_and_by_us(kind: str, tmp_path: Pa
     assert torch.allclose(logits(back), wanted, atol=2e-5)
     for name, value in adapter_state(trained).items():
         assert torch.equal(adapter_state(back)[name], value), name
+    assert torch.allclose(logits(back.merge_and_unload()), wanted, atol=2e-5)
 
 
 def test_training_continues_from_an_adapter_named_by_url(tmp_path: Path) -> None:
@@ -89,10 +95,44 @@ def test_training_continues_from_an_adapter_named_by_url(tmp_path: Path) -> None
     assert torch.equal(logits(continued), logits(trained))
 
 
-def test_a_saved_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
-    save_adapter(apply(base(), method(rank=4), SPEC), tmp_path)
-    with pytest.raises(TrainingError, match="has r = 4, the job's method asks for 8"):
-        load_adapter(apply(base(), method(rank=8), SPEC), tmp_path)
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"rank": 8}, "has r = 4, the job's method asks for 8"),
+        ({"alpha": 8}, "has lora_alpha = 12.0, the job's method asks for 8.0"),
+        ({"targets": ("q_proj", "fc1")}, r"has target_modules = .* asks for \['fc1', 'q_proj'\]"),
+        ({"dora": True}, "has use_dora = False, the job's method asks for True"),
+        ({"train_also": ({"modules": "enc_to_dec_proj"},)}, r"asks for \['enc_to_dec_proj'\]"),
+    ],
+)
+def test_continuing_from_the_adapter_of_another_method_is_refused_by_its_url(
+    asked: dict, problem: str, tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/祭り"
+    save_adapter(apply(base(), method(), SPEC), tmp_path / "祭り")
+    with pytest.raises(TrainingError, match=problem) as caught:
+        apply(base(), method(init=url, **asked), SPEC)
+    assert url in str(caught.value)
+    assert "set method to what the adapter was trained with" in caught.value.cure
+
+
+def test_continuing_from_the_adapter_of_another_network_is_refused_by_its_url(tmp_path: Path) -> None:
+    songbloom = open_family(SongBloom(family="songbloom", pretrained="random:tiny")).network()
+    pocket = load_network(open_release("builtin:pocket"), dropout=0.0)
+    q = method(targets=("q_proj",))
+    save_adapter(apply(songbloom, q, FAMILIES["songbloom"]), tmp_path / "他")
+    save_adapter(apply(pocket, q, SPEC), tmp_path / "懐")
+    for folder, problem in (
+        ("他", r"missing: base_model\S+ and 7 more; unexpected: base"),
+        ("懐", "of another shape: b"),
+    ):
+        with pytest.raises(TrainingError, match=f"{folder} was trained on another network: .*{problem}"):
+            apply(base(), q.model_copy(update={"init": f"file://{tmp_path}/{folder}"}), SPEC)
+    (tmp_path / "他" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(TrainingError, match="他 is IA3, not LORA"):
+        apply(base(), q.model_copy(update={"init": f"file://{tmp_path}/他"}), SPEC)
+    with pytest.raises(StoreError, match="無い"):
+        apply(base(), q.model_copy(update={"init": f"file://{tmp_path}/無い"}), SPEC)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +188,24 @@ def test_a_module_that_is_not_there_is_refused_with_those_that_are() -> None:
         apply(base(), method(train_also=({"modules": "lyric_encoder"},)), SPEC)
 
 
-def test_embeddings_are_adapted_too() -> None:
+def test_embeddings_are_adapted_too_but_not_by_pissa() -> None:
     network = apply(base(), method(targets=("embed_tokens.0",)), SPEC)
     (a,) = (name for name, p in network.named_parameters() if p.requires_grad and "lora_embedding_B" in name)
     assert "embed_tokens.0" in a
-    with pytest.raises(TrainingError, match="is a Embedding"):
-        apply(base(), method(targets=("embed_tokens.0",), dora=True), SPEC)
+    with pytest.raises(TrainingError, match=r"'embed_tokens.0' is an Embedding, and PEFT starts linear layers alone"):
+        apply(base(), method(targets=("embed_tokens.0",), pissa=True), SPEC)
+
+
+def test_targets_that_are_all_in_modules_trained_in_full_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"all of them are in modules that method\.train_also trains in full"):
+        apply(base(), method(targets=("enc_to_dec_proj",), train_also=({"modules": "enc_to_dec_proj"},)), SPEC)
+
+
+def test_lora_plus_has_the_rates_of_pefts_own_helper() -> None:
+    network = apply(base(), method(lora_plus=16), SPEC)
+    theirs = create_loraplus_optimizer(network, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
+    ours = parameter_groups(network, method(lora_plus=16), Optimizer(lr=1e-4))
+    wanted = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
+    found = {id(p): 1e-4 * group["lr_scale"] for group in ours for p in group["params"]}
+    assert found == pytest.approx(wanted)
+    assert sorted(set(wanted.values())) == pytest.approx([1e-4, 16e-4])

@@ -51,6 +51,20 @@ def test_checkpointing_keeps_a_small_share_of_the_activations() -> None:
     assert activations(load(checkpointing=True)) < activations(load()) / 8
 
 
+def test_modules_that_are_trained_in_full_are_told_and_targets_in_them_left_out(job: Jobs) -> None:
+    ace = (
+        "model={family: ace_step, pretrained: random:full}",
+        "validation={}",
+        "cluster={backend: local, profile: a100}",
+    )
+    beside = ("method={type: lora, train_also: [{modules: lyric_encoder}]}",)
+    plain, both = (plan(job(*ace, *method)) for method in ((), beside))
+    assert both.method.endswith("on to_q, to_k, to_v, to_out.0; lyric_encoder in full")
+    left_out = "method.train_also: trains linear_q, linear_k, linear_v in full with all around them"
+    assert any(left_out in check for check in both.checks) and not any(left_out in check for check in plain.checks)
+    assert both.trained - plain.trained == 82_934_784 - 6 * 3 * 16 * (1024 + 1024)
+
+
 def test_most_positions_is_the_largest_that_fits() -> None:
     frozen = load(trained=0, frozen=load().trained)
     budget = 20 * GIB

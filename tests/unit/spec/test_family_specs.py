@@ -41,6 +41,20 @@ def test_dora_adds_one_magnitude_for_each_output():
     assert dora - plain == 48 * 8192
 
 
+def test_layers_of_a_module_that_is_trained_in_full_have_no_adapter():
+    family, targets = FAMILIES["ace_step"], FAMILIES["ace_step"].safe_targets
+    whole, left = (
+        lora_parameters(family, family.dims, 4, targets, train_also=also) for also in ((), ("lyric_encoder",))
+    )
+    assert whole - left == 6 * 3 * 4 * (1024 + 1024)
+    assert lora_parameters(family, family.dims, 4, targets, train_also=("lyric_proj",)) == whole
+
+
+def test_a_preset_has_upstreams_dropout_unless_the_job_says_otherwise():
+    assert Lora(type="lora", preset="fish-speech/r8a16").dropout == 0.01
+    assert Lora(type="lora", preset="fish-speech/r8a16", dropout=0).dropout == 0
+
+
 def test_musicgen_large_counts_as_many_parameters_as_upstream():
     assert FAMILIES["musicgen"].dims.parameters == 3_255_382_016 + 1_574_912
 

@@ -81,6 +81,20 @@ IMPOSSIBLE = [
         "first epochs; safe are q_proj and v_proj; to insist, write allow_harmful_targets: true",
     ),
     (
+        ["model={family: songbloom, pretrained: random:tiny}", "validation={}", "method.targets=[to_q, to_kv]"],
+        "method.targets.0: to_q is refused: SongBloom has to_qkv alone, and adapting the DiT that renders the sound "
+        "destroyed the vocals from the first epochs; safe are q_proj and v_proj; to insist, write "
+        "allow_harmful_targets: true",
+    ),
+    (
+        [
+            "model={family: ace_step, pretrained: random:tiny}",
+            "validation={}",
+            "method={type: lora, targets: [linear_q], train_also: [{modules: lyric_encoder}]}",
+        ],
+        "method.targets: all of them are in lyric_encoder, which train_also trains in full; add another",
+    ),
+    (
         ["method.pissa=true", "method.init=s3://music/adapter"],
         "method.pissa: the adapter starts from method.init already; remove one of the two",
     ),

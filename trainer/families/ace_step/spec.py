@@ -42,12 +42,14 @@ def _modules(dims: Dims) -> Modules:
     attentions = product(("attn", "cross_attn"), ("to_q", "to_k", "to_v", "to_out.0"))
     return {
         **{f"{block}.{name}": square for block, name in attentions},
-        **{f"self_attn.linear_{name}": lyrics for name in "qkv"},
+        **{f"lyric_encoder.self_attn.linear_{name}": lyrics for name in "qkv"},
         "speaker_embedder": ((512, dims.width, 1),),
     }
 
 
 _IDLE = "the network never uses it, so it would never learn"
+_SSL = "it serves the SSL terms of the loss alone, and no song is made with it"
+_PROJECTORS = tuple(f"projectors.{encoder}.{layer}" for encoder in (0, 1) for layer in (0, 2, 4))
 
 SPEC = FamilySpec(
     name="ace_step",
@@ -64,7 +66,10 @@ SPEC = FamilySpec(
     tiny=Dims(2, 32, 80, 2, 0, 0, 441_328, 32),
     modules=_modules,
     sampling={"guidance": 15.0, "sampler": "euler", "steps": 60},
-    harmful_targets=dict.fromkeys(("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), _IDLE),
+    harmful_targets={
+        **dict.fromkeys(("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), _IDLE),
+        **dict.fromkeys(("projectors", *_PROJECTORS), _SSL),
+    },
     train_also={"lyric_embs": 6_853_632, "lyric_encoder": 82_934_784, "lyric_proj": 2_624_000},
     presets={
         "ace-step/upstream": Preset(

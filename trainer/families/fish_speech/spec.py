@@ -64,6 +64,7 @@ SPEC = FamilySpec(
             8,
             16,
             (*_LAYERS, "embeddings", "codebook_embeddings", "fast_embeddings", "output", "fast_output"),
+            dropout=0.01,
         ),
     },
 )

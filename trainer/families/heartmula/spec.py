@@ -47,6 +47,9 @@ SPEC = FamilySpec(
     tiny=Dims(2, 64, 128, 4, 1029, 8, 1_223_552),
     modules=_modules,
     sampling={"guidance": 1.5, "temperature": 1.0, "top_k": 50},
+    harmful_targets={
+        "muq_linear": "it only ever sees zeros, as no reference audio is supported, so its adapter would never learn"
+    },
     presets={
         "heartmula/attention": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "output_proj")),
         "heartmula/all-linear": Preset(16, 32, ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")),

@@ -34,6 +34,7 @@ def _modules(dims: Dims) -> Modules:
 
 
 _VOCALS = "adapting the DiT that renders the sound destroyed the vocals from the first epochs"
+_NOT_THERE = f"SongBloom has to_qkv alone, and {_VOCALS}"
 _BOTH_STAGES = "the name is also in the DiT that renders the sound; write mlp.{} for the planning network alone"
 
 SPEC = FamilySpec(
@@ -60,9 +61,11 @@ SPEC = FamilySpec(
     },
     other_sampling=_sampling_of_240s,
     harmful_targets={
-        **dict.fromkeys(("to_qkv", "to_out", "project_in", "project_out", "to_timestep_embed", "block_conv"), _VOCALS),
+        **dict.fromkeys(("nar_dit", "to_qkv", "to_out", "ff.ff.2", "project_in", "project_out"), _VOCALS),
+        **dict.fromkeys(("block_conv", "block_conv.1", "block_conv.3"), _VOCALS),
+        **dict.fromkeys(("to_timestep_embed", "to_timestep_embed.0", "to_timestep_embed.2"), _VOCALS),
         **{f"ff.ff.0.{name}": _BOTH_STAGES.format(name) for name in ("up_proj", "gate_proj")},
-        "ff.ff.2": _VOCALS,
+        **dict.fromkeys(("to_q", "to_kv"), _NOT_THERE),
     },
     train_also={"skeleton_emb": 25_168_896, "skeleton_classifier": 27_543_041},
     presets={"songbloom/ar": Preset(16, 32, ("q_proj", "v_proj"))},
