@@ -75,7 +75,8 @@ class FishSpeechFamily(Autoregressive):
         pairs = []
         for song in examples:
             codes = torch.from_numpy(song.arrays["codes"].astype(np.int64))
-            pair = example(self.tokenizer, song.text.get("lyrics", ""), song.text.get("tags", ""), codes)
+            lyrics, tags = song.text.get("lyrics", ""), song.text.get("tags", "")
+            pair = example(self.tokenizer, lyrics, tags, codes, ends=song.ends)
             self._check_length(pair[0].shape[1], f"song {song.id}")
             pairs.append(pair)
         longest = max(inputs.shape[1] for inputs, _ in pairs)

@@ -34,18 +34,19 @@ def prompt(tokenizer: Tokenizer, text: str, speaker: str, codebooks: int) -> Int
 
 
 def example(
-    tokenizer: Tokenizer, text: str, speaker: str, codes: Int[Tensor, "K T"]
+    tokenizer: Tokenizer, text: str, speaker: str, codes: Int[Tensor, "K T"], *, ends: bool = True
 ) -> tuple[Int[Tensor, "1+K S"], Int[Tensor, "1+K S"]]:
     """Inputs and labels of one song, ``S = P + T``; a position's label is what comes next.
 
     1.4 learns the prompt's tokens too, 1.5 those from ``<|voice|>`` on. After the last frame comes ``<|im_end|>``,
-    whose codes have the label 0.
+    whose codes have the label 0; where a song was cut nothing is learned of what comes next.
 
     Args:
         tokenizer: see ``prompt``.
         text: see ``prompt``.
         speaker: see ``prompt``.
         codes: as the codec gave them.
+        ends: the song is over after them.
     """
     before = prompt(tokenizer, text, speaker, len(codes))
     audio = torch.cat([tokenizer.frame_tokens(codes)[None], codes + tokenizer.shift])
@@ -56,6 +57,8 @@ def example(
     length = before.shape[1]
     labels[1:, : length - 1] = NO_LABEL
     labels[0, : tokenizer.unlearned(length) - 1] = NO_LABEL
+    if not ends:
+        labels[:, -1] = NO_LABEL
     return inputs, labels
 
 
