@@ -168,7 +168,9 @@ def _far_files(job: "Job") -> Iterator[Fault]:
         return
     urls: dict[FieldPath, str] = {("store",): job.store, ("model", "pretrained"): job.model.pretrained}
     urls |= {("data", "train", index, "dataset"): each.dataset for index, each in enumerate(job.data.train)}
-    urls |= {("validation", "prompts", index, "style"): each.style or "" for index, each in enumerate(job.validation.prompts)}
+    urls |= {
+        ("validation", "prompts", index, "style"): each.style or "" for index, each in enumerate(job.validation.prompts)
+    }
     for path, url in urls.items():
         if url.startswith("file:"):
             yield Fault(

@@ -60,8 +60,10 @@ class Subject:
             sums = self.family.sums(network, self.batch)
         return torch.stack([sums[term].double() for term in sorted(self.family.terms)])
 
-    def loss_of_first(self, network: nn.Module, *, ends: bool, disturbed: bool) -> tuple[torch.Tensor, dict[str, float]]:
-        """Sums and counts of the first song, whole or cut, and if ``disturbed`` with noise where an end is predicted."""
+    def loss_of_first(
+        self, network: nn.Module, *, ends: bool, disturbed: bool
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Sums and counts of the first song, whole or cut; ``disturbed`` where an end would be predicted, or not."""
         batch = self.family.collate([replace(self.songs[0], ends=ends)], training=False)
         name, row, _ = ENDS[self.model.family]
 

@@ -100,13 +100,18 @@ IMPOSSIBLE = [
         )
     ),
     (
-        ["model={family: songbloom, pretrained: random:tiny}",
-         "validation.prompts=[{style: s3://music/a.flac, style_text: さくら}]"],
+        [
+            "model={family: songbloom, pretrained: random:tiny}",
+            "validation.prompts=[{style: s3://music/a.flac, style_text: さくら}]",
+        ],
         "validation.prompts.0.style_text: songbloom does not listen to style_text; remove it, or use lyrics or style",
     ),
     (
-        ["model={family: songbloom, pretrained: random:tiny}", "cluster={backend: kubernetes, profile: a100}",
-         "validation.prompts=[{style: 'file:///様式.flac'}]"],
+        [
+            "model={family: songbloom, pretrained: random:tiny}",
+            "cluster={backend: kubernetes, profile: a100}",
+            "validation.prompts=[{style: 'file:///様式.flac'}]",
+        ],
         "validation.prompts.0.style: file:///様式.flac is on this machine, where kubernetes cannot see it; write s3:// "
         "or gs://",
     ),

@@ -49,7 +49,7 @@ _MARKS = {
             **dict.fromkeys("‘’“”「」《》", "'"),
             **dict.fromkeys(":;：；", ","),
             "…": ".",
-            **dict.fromkeys("()[]（）【】~～—·・"),  # noqa: RUF001  (these, and not others that look like them)
+            **dict.fromkeys("()[]（）【】~～—·・"),
         }
     ),
     "1.5": str.maketrans(dict.fromkeys("‘’", "'")),
