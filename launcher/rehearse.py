@@ -121,7 +121,7 @@ def shrunk(job: Job, folder: Path) -> Job:
     told["checkpoint"]["every"] = COMMIT_EVERY
     told["validation"] |= {"every": STEPS, "stop_if": []}
     told["validation"]["prompts"] = [
-        prompt | {"seconds": SECONDS_OF_SONG, "style": None, "speaker": None}
+        prompt | {"seconds": SECONDS_OF_SONG, "style": None, "style_text": None, "speaker": None}
         for prompt in told["validation"]["prompts"][:WORKERS]
     ]
     told["tracking"] = {"mlflow": f"sqlite:///{folder}/mlflow.db"}

@@ -56,7 +56,12 @@ def selftest(weights: str, dataset: str) -> Iterator[Check]:
     songs = Dataset.open(dataset)
     told = {"family": songs.format.family, "pretrained": weights, "codec": {"name": songs.format.codec}}
     family = open_family(TypeAdapter(Model).validate_python(told))
-    songs.check_against(codebooks=family.codebooks, vocabulary=family.vocabulary, frame_rate=family.frame_rate)
+    songs.check_against(
+        codebooks=family.codebooks,
+        vocabulary=family.vocabulary,
+        frame_rate=family.frame_rate,
+        latent_shape=family.latent_shape,
+    )
     yield Check("songs", True, f"{len(songs.songs)}, every code within the vocabulary")
     network = family.network()
     parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -290,6 +290,7 @@ class _Songs:
                 codebooks=family.codebooks,
                 vocabulary=family.vocabulary,
                 frame_rate=family.frame_rate,
+                latent_shape=family.latent_shape,
                 fingerprint=codec.fingerprint,
             )
 

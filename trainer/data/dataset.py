@@ -26,7 +26,7 @@ from trainer.spec.errors import DataError, StoreError
 from trainer.store import Store, open_store
 
 from .planner import Pool
-from .shards import Shard, ShardFormat, Song, write_shard
+from .shards import Shard, ShardFormat, Song, with_time, write_shard
 
 log = logging.getLogger(__name__)
 _OPEN_SHARDS = 64
@@ -148,9 +148,15 @@ class Dataset:
         return Pool(ids, [self.songs.frames[self._by_id[song]] for song in ids], weight)
 
     def check_against(
-        self, *, codebooks: int, vocabulary: int, frame_rate: float, fingerprint: str | None = None
+        self,
+        *,
+        codebooks: int,
+        vocabulary: int,
+        frame_rate: float,
+        latent_shape: tuple[int, ...] = (),
+        fingerprint: str | None = None,
     ) -> None:
-        """Make sure that a model with these codes can be trained on it.
+        """Make sure that a model with these codes or latents can be trained on it.
 
         Raises:
             DataError: it cannot; names the shard and the song if a code is out of range.
@@ -162,12 +168,18 @@ class Dataset:
                     f"{self.url}: song {song} in {shard} holds code {highest}, the model knows 0 to {vocabulary - 1}",
                     cure,
                 )
-        expected = {"codebooks": codebooks, "vocabulary": vocabulary, "frame_rate": frame_rate}
+        format = self.format
+        expected = [
+            ("codebooks", format.codebooks, codebooks),
+            ("vocabulary", format.vocabulary, vocabulary),
+            ("frame rate", format.frame_rate, frame_rate),
+        ]
+        if format.latent_shape:
+            expected.append(("latents", with_time(format.latent_shape), with_time(latent_shape)))
         if fingerprint is not None:
-            expected["codec_fingerprint"] = fingerprint
-        for name, value in expected.items():
-            if (found := getattr(self.format, name)) != value:
-                title = name.replace("_", " ")
+            expected.append(("codec fingerprint", format.codec_fingerprint, fingerprint))
+        for title, found, value in expected:
+            if found != value:
                 raise DataError(f"{self.url} was prepared with {title} {found}, the model expects {value}", cure)
 
     @cached_property

@@ -126,6 +126,7 @@ def _format(tools: Tools, song: Song) -> ShardFormat:
         vocabulary=codec.vocabulary,
         timed=codec.timed,
         dtypes={name: array.dtype.name for name, array in song.arrays.items()},
+        latent_shape=song.arrays["latents"].shape[:-1] if "latents" in song.arrays else (),
     )
 
 

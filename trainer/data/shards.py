@@ -63,6 +63,7 @@ class ShardFormat:
         vocabulary: entries in each codebook.
         timed: arrays whose last axis is time.
         dtypes: numpy dtype of each array column.
+        latent_shape: of ``latents``, without their time axis; empty where there are none, and in old shards.
     """
 
     family: str
@@ -74,6 +75,7 @@ class ShardFormat:
     vocabulary: int
     timed: tuple[str, ...]
     dtypes: Mapping[str, str]
+    latent_shape: tuple[int, ...] = ()
 
     def highest_code(self, arrays: Mapping[str, np.ndarray]) -> int:
         """The largest code in the arrays of a song; -1 if it has none."""
@@ -83,7 +85,7 @@ class ShardFormat:
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "ShardFormat":
         """What ``to_dict`` gave."""
-        return cls(**{**told, "timed": tuple(told["timed"])})
+        return cls(**{**told, "timed": tuple(told["timed"]), "latent_shape": tuple(told.get("latent_shape", ()))})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -112,6 +114,11 @@ def write_shard(songs: Sequence[Song], format: ShardFormat) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, row_group_size=_SONGS_PER_ROW_GROUP)
     return sink.getvalue().to_pybytes()
+
+
+def with_time(shape: Sequence[int]) -> str:
+    """``[8, 16, T]`` for the other axes of latents."""
+    return f"[{', '.join(map(str, (*shape, 'T')))}]"
 
 
 class Shard:
@@ -173,6 +180,10 @@ def _check(song: Song, format: ShardFormat) -> None:
         raise DataError(
             f"song {song.id}: codes have shape {list(codes.shape)}, the codec makes [{format.codebooks}, T]", cure
         )
+    latents = song.arrays.get("latents")
+    if latents is not None and latents.shape[:-1] != format.latent_shape:
+        made = with_time(format.latent_shape)
+        raise DataError(f"song {song.id}: latents have shape {list(latents.shape)}, the codec makes {made}", cure)
     if (highest := format.highest_code(song.arrays)) >= format.vocabulary:
         raise DataError(
             f"song {song.id}: holds code {highest}, but the codec has ids 0 to {format.vocabulary - 1}", cure

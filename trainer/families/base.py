@@ -69,6 +69,8 @@ class Family(ABC):
     """Of the codes; 0 for latents alone."""
     vocabulary: int
     """Codes that the network knows, in each codebook; 0 for latents alone."""
+    latent_shape: tuple[int, ...] = ()
+    """Of the latents, without their time axis; empty for codes alone."""
     segment_seconds: float
     """Longer songs are cut into segments of at most this length."""
 

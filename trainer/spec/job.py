@@ -79,6 +79,9 @@ class Prompt(Spec):
     tags: str = ""
     lyrics: str = ""
     style: StoreUrl | None = None
+    """A recording of what it should sound like; for fish-speech, of the voice."""
+    style_text: str | None = None
+    """What is said in ``style``, where the family has to know."""
     speaker: str | None = None
     seconds: PositiveFloat = 10.0
     seed: Annotated[int, Field(ge=0)] = 0

@@ -140,6 +140,9 @@ def _missing_files(job: Job) -> Iterator[tuple[FieldPath, str]]:
     if job.cluster.backend != "local":
         return
     named: dict[FieldPath, str | None] = {**job.model.urls(), ("method", "init"): getattr(job.method, "init", None)}
+    named |= {
+        ("validation", "prompts", index, "style"): each.style for index, each in enumerate(job.validation.prompts)
+    }
     for where, url in named.items():
         if url and url.startswith("file://") and not (path := Path(unquote(url.removeprefix("file://")))).exists():
             yield where, f"there is nothing at {path}; correct the path"

@@ -119,10 +119,14 @@ def _adapter_start(job: "Job") -> Iterator[Fault]:
 def _prompts(job: "Job") -> Iterator[Fault]:
     used = FAMILIES[job.model.family].prompt_fields
     for index, prompt in enumerate(job.validation.prompts):
-        for name in ("tags", "lyrics", "style", "speaker"):
+        for name in ("tags", "lyrics", "style", "style_text", "speaker"):
             if getattr(prompt, name) and name not in used:
                 path = ("validation", "prompts", index, name)
                 yield Fault(path, f"{job.model.family} does not listen to {name}; remove it, or use {_or(used)}")
+        if "style_text" in used and bool(prompt.style) != bool(prompt.style_text):
+            given, missing = ("style", "style_text") if prompt.style else ("style_text", "style")
+            message = f"{job.model.family} hears a voice only together with what it says; add {missing}, or remove it"
+            yield Fault(("validation", "prompts", index, given), message)
 
 
 def _sampling(job: "Job") -> Iterator[Fault]:
@@ -183,6 +187,9 @@ def _far_files(job: "Job") -> Iterator[Fault]:
         return
     urls: dict[FieldPath, str] = {("store",): job.store, ("model", "pretrained"): job.model.pretrained}
     urls |= {("data", "train", index, "dataset"): each.dataset for index, each in enumerate(job.data.train)}
+    urls |= {
+        ("validation", "prompts", index, "style"): each.style or "" for index, each in enumerate(job.validation.prompts)
+    }
     for path, url in urls.items():
         if url.startswith("file:"):
             yield Fault(
@@ -219,7 +226,7 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data.prepare",), _length_limits),
     (("retrain", "method", "data.validation", "validation.prompts"), _retrain),
     (("kind", "model.family"), _kind),
-    (("store", "model.pretrained", "data.train", "cluster"), _far_files),
+    (("store", "model.pretrained", "data.train", "validation.prompts", "cluster"), _far_files),
     (("tracking",), _login),
 )
 """The rules, each with the fields it reads."""

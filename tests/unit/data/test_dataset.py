@@ -1,12 +1,15 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tests.unit.data.conftest import make_song, write
-from trainer.data.dataset import Dataset, split
+from tests.unit.data.conftest import FORMAT, make_song, write
+from trainer.data.dataset import Dataset, Writer, split
+from trainer.data.shards import ShardFormat
 from trainer.spec.data import HeldOut
 from trainer.spec.errors import DataError, StoreError
+from trainer.store import open_store
 
 SONGS = [make_song(f"歌{i}", frames=10 + i, group=f"歌手{i // 4}") for i in range(20)]
 
@@ -85,6 +88,27 @@ def test_a_dataset_that_fits_the_model_passes(url):
 def test_a_dataset_for_another_model_is_refused(url, expected, message):
     with pytest.raises(DataError, match=message):
         write(url, SONGS).check_against(**{"codebooks": 4, "vocabulary": 256, "frame_rate": 50.0, **expected})
+
+
+def test_latents_of_another_shape_are_refused(url):
+    song = replace(make_song("歌"), arrays={"latents": np.zeros((4, 20), np.float16)})
+    told = {"codebooks": 0, "vocabulary": 0, "timed": ("latents",), "dtypes": {"latents": "float16"}}
+    format = replace(FORMAT, **told, latent_shape=(4,))
+    with pytest.raises(DataError, match=r"song 歌: latents have shape \[4, 20\], the codec makes \[8, 16, T\]"):
+        Writer(open_store(url), replace(format, latent_shape=(8, 16))).add([song])
+    writer = Writer(open_store(url), format)
+    writer.add([song])
+    dataset = writer.commit()
+    wanted = {"codebooks": 0, "vocabulary": 0, "frame_rate": 50.0}
+    dataset.check_against(**wanted, latent_shape=(4,))
+    with pytest.raises(DataError, match=r"prepared with latents \[4, T\], the model expects \[8, 16, T\]"):
+        dataset.check_against(**wanted, latent_shape=(8, 16))
+
+
+def test_datasets_that_do_not_tell_the_shape_of_their_latents_are_still_read(url):
+    told = write(url, SONGS[:1]).format.to_dict()
+    del told["latent_shape"]
+    assert ShardFormat.from_dict(told) == FORMAT
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.5, 0.99])

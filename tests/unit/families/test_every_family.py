@@ -1,6 +1,6 @@
 """What holds for every family, with its own codec and preset: it saves, sings and learns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "fish_speech": {"version": "1.5"},
     "fish_speech 1.4": {"version": "1.4"},
 }
+ENDS = {
+    "songbloom": ("ar_transformer", 1, {"ce": 1}),
+    "heartmula": ("backbone", 2, {"ce0": 1, "ce_k": 7}),
+    "fish_speech": ("layers.1", 1, {"base": 1, "semantic": 8}),
+}
+"""Where the end of a song is predicted: the module, the row from behind in a whole song; and the labels of an end."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,22 @@ class Subject:
         with torch.no_grad():
             sums = self.family.sums(network, self.batch)
         return torch.stack([sums[term].double() for term in sorted(self.family.terms)])
+
+    def loss_of_first(
+        self, network: nn.Module, *, ends: bool, disturbed: bool
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Sums and counts of the first song, whole or cut; ``disturbed`` where an end would be predicted, or not."""
+        batch = self.family.collate([replace(self.songs[0], ends=ends)], training=False)
+        name, row, _ = ENDS[self.model.family]
+
+        def disturb(_module: nn.Module, _inputs: Any, states: torch.Tensor) -> None:
+            states[:, -row if ends else -1] += disturbed * torch.linspace(-1, 1, states.shape[-1])
+
+        handle = network.get_submodule(name).register_forward_hook(disturb)
+        with torch.no_grad():
+            sums = self.family.sums(network, batch)
+        handle.remove()
+        return torch.stack([sums[term] for term in self.family.terms]), batch.counts
 
     def adapted(self) -> nn.Module:
         """The network with the family's own preset."""
@@ -169,6 +191,21 @@ def test_a_step_in_full_lowers_the_loss_and_moves_every_parameter_that_can_learn
     before, after, still = subject.step(subject.family.network(), Full(type="full"))
     assert after < before
     assert still == set()
+
+
+def test_an_end_is_learned_where_a_song_ends_and_not_where_it_was_cut(subject: Subject) -> None:
+    if subject.model.family not in ENDS:  # whose songs are as long as asked for
+        cut = [replace(song, ends=False) for song in subject.songs]
+        assert subject.family.collate(cut, training=False).counts == subject.batch.counts
+        return
+    network = subject.family.network().eval()
+    whole, counts = subject.loss_of_first(network, ends=True, disturbed=False)
+    assert not whole.equal(subject.loss_of_first(network, ends=True, disturbed=True)[0])
+    cut, fewer = subject.loss_of_first(network, ends=False, disturbed=False)
+    assert cut.equal(subject.loss_of_first(network, ends=False, disturbed=True)[0])
+    missing = {term: counts[term] - fewer[term] for term in counts if counts[term] != fewer[term]}
+    assert missing == ENDS[subject.model.family][2]
+    assert (cut <= whole).all() and not cut.equal(whole)
 
 
 @pytest.mark.parametrize("kind", ["dora", "rslora", "pissa"])

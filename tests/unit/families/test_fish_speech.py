@@ -11,15 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.unit.families.conftest import examples, random_codes, sampling, word_tokenizer
+from trainer.audio.write import encode
 from trainer.families.base import Example
 from trainer.families.cross_entropy import NO_LABEL
 from trainer.families.fish_speech.adapter import from_upstream, to_upstream
 from trainer.families.fish_speech.family import FishSpeechFamily
 from trainer.families.fish_speech.generate import Sampler
 from trainer.families.fish_speech.network import FishSpeechNetwork
-from trainer.families.fish_speech.objective import example
+from trainer.families.fish_speech.objective import Reference, example, prompt
 from trainer.families.fish_speech.spec import SPEC, FishSpeech
 from trainer.families.fish_speech.text import Bytes, Json, Ranks, clean
 from trainer.families.fish_speech.weights import BYTES, open_release
@@ -83,6 +85,27 @@ def test_1_4_learns_the_text_too_counts_codes_from_one_and_knows_speakers_by_nam
     assert labels[2].tolist() == [NO_LABEL] * (len(before) - 1) + [1, 10, 0]
 
 
+def test_a_reference_is_a_turn_of_its_own_that_was_answered_before() -> None:
+    voice = Reference("野山も里も", torch.tensor([[7, 1], [0, 9]]))
+    newer, older = (Bytes(version, Bytes.least(version)) for version in ("1.5", "1.4"))
+    before = newer(
+        "<|im_start|>system\nSpeak out the provided text.<|im_end|>"
+        "<|im_start|>user\n野山も里も<|im_end|><|im_start|>assistant\n<|voice|>"
+    )
+    after = newer(f"<|im_end|><|im_start|>user\n{TEXT}<|im_end|><|im_start|>assistant\n<|voice|>")
+    first = newer.semantic.start
+    given = prompt(newer, TEXT, "", 2, voice)
+    assert given[0].tolist() == [*before, first + 7, first + 1, *after]
+    assert given[1:, len(before) : -len(after)].equal(voice.codes)
+    assert not given[1:, : len(before)].any() and not given[1:, -len(after) :].any()
+    before = older("<|im_start|>user\n野山も里も<|im_end|><|im_start|>花子\n")
+    after = older(f"<|im_end|><|im_start|>user\n{TEXT}<|im_end|><|im_start|>花子\n")
+    given = prompt(older, TEXT, "花子", 2, voice)
+    assert given[0].tolist() == [*before, 5, 5, *after]
+    assert given[1:, len(before) : -len(after)].equal(voice.codes + 1)
+    assert not given[1:, : len(before)].any() and not given[1:, -len(after) :].any()
+
+
 def test_sums_are_over_the_counted_labels_and_padding_changes_nothing(
     tiny: tuple[FishSpeechFamily, FishSpeechNetwork],
 ) -> None:
@@ -139,6 +162,30 @@ def test_songs_follow_from_their_own_seed_whatever_else_is_in_the_batch(
     assert not np.array_equal(other["codes"], together[0]["codes"])
 
 
+def test_a_voice_is_heard_by_its_own_song_alone(
+    tiny: tuple[FishSpeechFamily, FishSpeechNetwork], tmp_path: Path
+) -> None:
+    room, asked = tiny[0], sampling("fish_speech", top_k=6)
+    network = room.network().eval()
+    if not network.code_in_token:  # the first six tokens are alike, and one of them is followed by codes
+        nn.init.zeros_(network.output.weight)
+    sound = np.random.default_rng(0).normal(0, 0.1, (1, 22_050)).astype(np.float32)
+    (tmp_path / "声.wav").write_bytes(encode(sound, 44_100, "wav"))
+    plain = Prompt(lyrics=TEXT, seconds=1, seed=6)
+    voiced = plain.model_copy(update={"style": f"file://{tmp_path}/声.wav", "style_text": "夕焼け小焼け"})
+    other = voiced.model_copy(update={"seed": 0})
+    together = [song["codes"] for song in room.generate(network, [plain, voiced, other], asked)]
+    for asked, codes in zip((plain, voiced, other), together, strict=True):
+        (alone,) = room.generate(network, [asked], asked)
+        assert np.array_equal(alone["codes"], codes)
+    assert not np.array_equal(together[0], together[1])
+    assert not np.array_equal(together[1], together[2])
+    with pytest.raises(DataError, match="prompt 1 has only one of style and style_text"):
+        room.generate(network, [voiced.model_copy(update={"style_text": None})], asked)
+    with pytest.raises(UtaforgeError, match=r"validation\.prompts\.style: there is no /無い"):
+        room.generate(network, [voiced.model_copy(update={"style": "file:///無い"})], asked)
+
+
 def test_greedy_frames_are_those_of_the_whole_sequence_seen_at_once(
     tiny: tuple[FishSpeechFamily, FishSpeechNetwork],
 ) -> None:
@@ -188,8 +235,18 @@ def test_ranks_are_merged_lowest_first_and_special_tokens_count_as_such(tmp_path
     assert tokenizer("1 2") == [49, 32, 50]
 
 
-def test_texts_are_cleaned_as_upstream_cleans_them() -> None:
-    assert clean("  さくら\n さくら 🎵 ‘花’,,, \t") == "さくら さくら  '花', ".strip()
+@pytest.mark.parametrize(
+    ("text", "in_1_4", "in_1_5"),
+    [
+        ("  さくら\n さくら 🎵 ‘花’,,, \t", "さくら さくら  '花',", "さくら さくら  '花',"),
+        ("「桜」《花》 “春”…… 霞か；雲か：", "'桜''花' '春'. 霞か,雲か,", "「桜」《花》 “春”…… 霞か；雲か："),
+        ("(弥生)の・空は～【見わたす】——限り.,.", "弥生の空は見わたす限り.", "(弥生)の・空は～【見わたす】——限り.,."),
+        ("ああ、、『いざ』。。！？ 〜 a: ー", "ああ、、『いざ』。。！？ 〜 a, ー", "ああ、、『いざ』。。！？ 〜 a: ー"),
+    ],
+)
+def test_texts_are_cleaned_as_the_versions_upstream_cleans_them(text: str, in_1_4: str, in_1_5: str) -> None:
+    assert clean(text, "1.4") == in_1_4
+    assert clean(text, "1.5") == in_1_5
 
 
 @pytest.mark.parametrize("version", VERSIONS)

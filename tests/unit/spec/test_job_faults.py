@@ -161,6 +161,12 @@ def test_fault_is_told_with_place_and_cure(write, replacement, said):
     assert said in faults(write(replacement))
 
 
+def test_a_style_that_is_not_there_is_told(write):
+    family = ("family: musicgen\n  pretrained: builtin:pocket", "family: songbloom\n  pretrained: random:tiny")
+    path = write(family, ('{tags: "祭り, 笛", seconds: 8}', "{lyrics: s a, style: 'file:///声.wav'}"))
+    assert faults(path) == ["job.yaml:14:28: validation.prompts.0.style: there is nothing at /声.wav; correct the path"]
+
+
 def test_all_faults_are_told_at_once_in_the_order_of_the_file(write):
     path = write(
         ("name: uta", "name: U"),

@@ -102,6 +102,33 @@ IMPOSSIBLE = [
         ["validation.prompts.0.lyrics=さくら"],
         "validation.prompts.0.lyrics: musicgen does not listen to lyrics; remove it, or use tags",
     ),
+    *(
+        (
+            ["model={family: fish_speech, pretrained: random:tiny}", f"validation.prompts=[{{{given}}}]"],
+            f"validation.prompts.0.{path}: fish_speech hears a voice only together with what it says; add {missing}, "
+            "or remove it",
+        )
+        for given, path, missing in (
+            ("lyrics: 里, style: s3://music/a.flac", "style", "style_text"),
+            ("lyrics: 里, style_text: さくら", "style_text", "style"),
+        )
+    ),
+    (
+        [
+            "model={family: songbloom, pretrained: random:tiny}",
+            "validation.prompts=[{style: s3://music/a.flac, style_text: さくら}]",
+        ],
+        "validation.prompts.0.style_text: songbloom does not listen to style_text; remove it, or use lyrics or style",
+    ),
+    (
+        [
+            "model={family: songbloom, pretrained: random:tiny}",
+            "cluster={backend: kubernetes, profile: a100}",
+            "validation.prompts=[{style: 'file:///様式.flac'}]",
+        ],
+        "validation.prompts.0.style: file:///様式.flac is on this machine, where kubernetes cannot see it; write s3:// "
+        "or gs://",
+    ),
     (
         ["model={family: fish_speech, pretrained: random:tiny}", "validation={sampling: {guidance: 3}}"],
         "validation.sampling.guidance: fish_speech does not listen to guidance; remove it, or use temperature, top_p, "

@@ -58,6 +58,12 @@ class AceStepFamily(Family):
         self.ssl = tuple(SSL) if model.ssl_features else ()
         self.terms: Mapping[str, float] = {"mse": 1.0, **{f"ssl/{name}": SSL_WEIGHT / len(SSL) for name in self.ssl}}
 
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels and bins of the autoencoder."""
+        config = self.release.config
+        return config.in_channels, config.patch_size[0]
+
     def network(self) -> AceStepNetwork:
         """The network with the weights of ``model.pretrained``; what the objective never uses is frozen."""
         network = load_network(self.release)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +16,17 @@ from trainer.families.fish_speech.spec import SPEC, FishSpeech
 from trainer.families.sampling import draw_table
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
+from trainer.weights import local_path
 
 from .adapter import export_adapter
 from .generate import Sampler, generate
 from .network import FishSpeechNetwork
-from .objective import example, prompt
+from .objective import Reference, example, prompt
 from .text import Tokenizer
 from .weights import Release, load_network, open_release, save_network
+
+if TYPE_CHECKING:
+    from trainer.codecs.firefly import FireflyCodec
 
 CODES = 1000
 """Of the codec, in each codebook; the network has room for 1,024."""
@@ -75,7 +80,8 @@ class FishSpeechFamily(Autoregressive):
         pairs = []
         for song in examples:
             codes = torch.from_numpy(song.arrays["codes"].astype(np.int64))
-            pair = example(self.tokenizer, song.text.get("lyrics", ""), song.text.get("tags", ""), codes)
+            lyrics, tags = song.text.get("lyrics", ""), song.text.get("tags", "")
+            pair = example(self.tokenizer, lyrics, tags, codes, ends=song.ends)
             self._check_length(pair[0].shape[1], f"song {song.id}")
             pairs.append(pair)
         longest = max(inputs.shape[1] for inputs, _ in pairs)
@@ -96,8 +102,12 @@ class FishSpeechFamily(Autoregressive):
     def generate(self, network: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Arrays]:
         """``codes`` [8, T] of the prompts' lyrics, at most as long as asked for: a song ends where the network ends it.
 
+        The voice is that of a prompt's ``style``, which says ``style_text``, if it has one.
+
         Raises:
-            DataError: a prompt is longer than the network has positions, or names a speaker to 1.5.
+            DataError: a prompt is longer than the network has positions, or names a speaker to 1.5, or has a style that
+                cannot be heard or whose words are not told.
+            UtaforgeError: a style is given, but no codec to read it with.
         """
         frames = [max(round(each.seconds * self.frame_rate), 1) for each in prompts]
         given = [self._prompt(index, each) for index, each in enumerate(prompts, 1)]
@@ -153,7 +163,27 @@ class FishSpeechFamily(Autoregressive):
     def _prompt(self, index: int, asked: Prompt) -> Tensor:
         if asked.speaker and self.model.version == "1.5":
             raise DataError(f"prompt {index} names a speaker, whom fish-speech 1.5 has no place for", "remove it")
-        return prompt(self.tokenizer, asked.lyrics, asked.speaker or "", self.codebooks)
+        return prompt(self.tokenizer, asked.lyrics, asked.speaker or "", self.codebooks, self._reference(index, asked))
+
+    def _reference(self, index: int, asked: Prompt) -> Reference | None:
+        if bool(asked.style) != bool(asked.style_text):
+            raise DataError(
+                f"prompt {index} has only one of style and style_text",
+                "name a recording in style and write what is said in it in style_text, or leave out both",
+            )
+        if not asked.style:
+            return None
+        from trainer.audio.decode import load
+
+        file = local_path(asked.style, "validation.prompts.style")
+        codes = self._codec.encode(load(file, self._codec.sample_rate, self._codec.channels))["codes"]
+        return Reference(asked.style_text or "", torch.from_numpy(codes.astype(np.int64)))
+
+    @cached_property
+    def _codec(self) -> "FireflyCodec":
+        from trainer.codecs.firefly import FireflyCodec
+
+        return FireflyCodec.open(self.model)
 
     def _codes(self, song: Tensor) -> np.ndarray:
         """Codes of the frames that are audio, as the codec has them; there is always at least one."""
@@ -167,5 +197,5 @@ class FishSpeechFamily(Autoregressive):
         if positions > most:
             raise DataError(
                 f"{whose} needs {positions} positions, the network has {most}: a text takes some, a second takes 21.5",
-                "ask for less (model.segment_seconds, validation.prompts.seconds)",
+                "ask for less (model.segment_seconds, validation.prompts.seconds, a shorter validation.prompts.style)",
             )

@@ -1,7 +1,8 @@
 """Text → token ids, and the prompts of both versions.
 
 1.4 has a ``tokenizer.json`` (read by ``tokenizers``), 1.5 a ``tokenizer.tiktoken``: byte-pair ranks, merged here.
-Upstream: fishaudio/fish-speech@58046ea (v1.5.1), fish_speech/tokenizer.py and fish_speech/text/clean.py.
+Upstream: fishaudio/fish-speech@58046ea (v1.5.1), fish_speech/tokenizer.py and fish_speech/text/clean.py; what 1.4 does
+with each character and with rows of them, and how it lays out a prompt, is what v1.4.3 (@1359896) gave when it was run.
 """
 
 import base64
@@ -42,16 +43,33 @@ PIECES = "|".join(
 )
 r"""What 1.5 splits a text into before merging; no token crosses a border. ``\?`` is upstream's slip, and trained on."""
 _EMOJI = re.compile("[\U0001f600-\U0001f64f\U0001f300-\U0001f5ff\U0001f680-\U0001f6ff\U0001f1e0-\U0001f1ff]+")
+_MARKS = {
+    "1.4": str.maketrans(
+        {
+            **dict.fromkeys("‘’“”「」《》", "'"),
+            **dict.fromkeys(":;：；", ","),
+            "…": ".",
+            **dict.fromkeys("()[]（）【】~～—·・"),
+        }
+    ),
+    "1.5": str.maketrans(dict.fromkeys("‘’", "'")),
+}
+"""What each version writes for a mark; None leaves it out."""
+_ROWS = {"1.4": ",.", "1.5": ","}
+"""Marks of which a row is cut to its first."""
 
 
-def clean(text: str) -> str:
-    """A text as upstream packs and cleans it: on one line, with straight apostrophes, without emoji and rows of commas.
+def clean(text: str, version: str) -> str:
+    """A text as upstream packs and cleans it: on one line, without emoji, its marks as the version knows them.
 
-    >>> clean(" さくら   ‘さくら’,,🎵")
-    "さくら 'さくら',"
+    >>> clean(" さくら…  「さくら」,,🎵", "1.4")
+    "さくら. 'さくら',"
+    >>> clean(" さくら…  「さくら」,,🎵", "1.5")
+    'さくら… 「さくら」,'
     """
-    line = " ".join(text.split()).replace("‘", "'").replace("’", "'")
-    return re.sub(",{2,}", ",", _EMOJI.sub("", line))
+    line = _EMOJI.sub("", " ".join(text.split()).translate(_MARKS[version]))
+    row = f"[{_ROWS[version]}]"
+    return re.sub(f"({row}){row}+", r"\1", line)
 
 
 class Tokenizer(ABC):
@@ -76,12 +94,15 @@ class Tokenizer(ABC):
         """What the network's codes are ahead of the codec's: 1 in 1.4, where 0 is padding."""
         return 1 if self.version == "1.4" else 0
 
-    def prompt(self, text: str, speaker: str) -> str:
-        """Everything before the audio, as text; a speaker answers under a name of his own in 1.4 alone."""
-        if self.version == "1.4":
-            return f"<|im_start|>user\n{clean(text)}<|im_end|><|im_start|>{speaker or 'assistant'}\n"
-        system = "<|im_start|>system\nSpeak out the provided text.<|im_end|>"
-        return f"{system}<|im_start|>user\n{clean(text)}<|im_end|><|im_start|>assistant\n<|voice|>"
+    @property
+    def system(self) -> str:
+        """What stands before the first turn, in 1.5 alone."""
+        return "" if self.version == "1.4" else "<|im_start|>system\nSpeak out the provided text.<|im_end|>"
+
+    def turn(self, text: str, speaker: str) -> str:
+        """A text and the head of its answer, the audio; a speaker answers under a name of his own in 1.4 alone."""
+        answer = f"{speaker or 'assistant'}\n" if self.version == "1.4" else "assistant\n<|voice|>"
+        return f"<|im_start|>user\n{clean(text, self.version)}<|im_end|><|im_start|>{answer}"
 
     def unlearned(self, length: int) -> int:
         """How many tokens of a prompt are not learned: the first in 1.4, all but the last in 1.5."""

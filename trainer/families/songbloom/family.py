@@ -50,6 +50,11 @@ class SongBloomFamily(Autoregressive):
         """Entries of the sketch codebook."""
         return self.release.config.pitches
 
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels of the VAE."""
+        return (self.release.config.latent_dim,)
+
     def network(self) -> "networks.SongBloom":
         """The network with the weights of ``model.pretrained``, on the CPU in fp32.
 
@@ -81,8 +86,9 @@ class SongBloomFamily(Autoregressive):
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         """``lyrics`` [B, 3, L], ``prompt`` [B, frames, C], ``sketch`` [B, T], ``latents`` [B, C, T], ``length`` [B].
 
-        Frames beyond the last whole block are left out. In training all conditions are dropped with probability
-        ``model.cfg_dropout``, and else the style with the release's own.
+        Frames beyond the last whole block are left out; ``ends`` [B] says whose song is over then and was not cut. In
+        training all conditions are dropped with probability ``model.cfg_dropout``, and else the style with the
+        release's own.
 
         Raises:
             DataError: a sketch id or a lyric id is not in the network's tables.
@@ -110,8 +116,12 @@ class SongBloomFamily(Autoregressive):
             "sketch": sketch,
             "latents": latents,
             "length": torch.tensor(lengths),
+            "ends": torch.tensor([example.ends for example in examples]),
         }
-        counts = {"ce": float(frames + len(examples)), "mse": float(frames * config.latent_dim)}
+        counts = {
+            "ce": float(frames + sum(example.ends for example in examples)),
+            "mse": float(frames * config.latent_dim),
+        }
         return Batch(tensors, counts, frames)
 
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -120,7 +130,7 @@ class SongBloomFamily(Autoregressive):
         length = batch.tensors["length"]
         shape = (batch.frames // config.block, config.block, config.latent_dim)
         draws = draw(shape, config.h_dropout, length.device, training=network.training)
-        names = ("lyrics", "prompt", "sketch", "latents", "length")
+        names = ("lyrics", "prompt", "sketch", "latents", "length", "ends")
         ce, mse = network("losses", *(batch.tensors[name] for name in names), draws)
         return {"ce": ce, "mse": mse}
 

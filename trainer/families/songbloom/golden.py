@@ -29,14 +29,15 @@ def _trained(case: Case, network: SongBloom) -> dict[str, Tensor]:
     sketch, latents, length = given["x_sketch"], given["x_latent"], given["x_len"]
     prefix = network.condition_provider(lyrics, prompt)
     plan = network.plan(prefix, sketch, latents)
-    labels = labels_of(sketch, length, config.eos)
+    ends = torch.ones_like(length, dtype=torch.bool)
+    labels = labels_of(sketch, length, ends, config.eos)
     valid = valid_blocks(length, plan.h.shape[1], config.block)
     flow = flow_pairs(latents, valid, given["t"], given["noise"])
     kept = torch.ones(len(given["t"]), dtype=torch.bool)
     draws = Draws(given["t"], given["noise"], kept, kept)
     blocks = sketch.unflatten(1, (-1, config.block))[valid]
     predicted = network.velocity(plan.h[valid], blocks, flow.previous, flow.noised, given["t"], kept, kept)
-    entropy, error = network("losses", lyrics, prompt, sketch, latents, length, draws)
+    entropy, error = network("losses", lyrics, prompt, sketch, latents, length, ends, draws)
     ce, mse = entropy / (labels != NO_LABEL).sum(), error / given["noise"].numel()
     total = ce + FLOW_WEIGHT * mse
     network.zero_grad()

@@ -72,6 +72,7 @@ class SongBloom(nn.Module):
         sketch: Int[Tensor, "B T"],
         latents: Float[Tensor, "B C T"],
         length: Int[Tensor, " B"],
+        ends: Bool[Tensor, " B"],
         draws: Draws,
     ) -> Float[Tensor, "2"]:
         """Summed cross entropy of the sketch and summed squared error of the flow.
@@ -82,10 +83,11 @@ class SongBloom(nn.Module):
             sketch: ids; what stands beyond a row's length does not matter.
             latents: of the same frames.
             length: frames of each row, whole blocks.
+            ends: rows whose song is over then; the others were cut.
             draws: of the flow, for each valid block.
         """
         plan = self.plan(self.condition_provider(lyrics, prompt), sketch, latents)
-        labels = labels_of(sketch, length, self.config.eos)
+        labels = labels_of(sketch, length, ends, self.config.eos)
         entropy = cross_entropy_sum(plan.states, labels, self.skeleton_classifier, self.config.pitches + 1)
         valid = valid_blocks(length, plan.h.shape[1], self.config.block)
         flow = flow_pairs(latents, valid, draws.t, draws.noise)

@@ -51,11 +51,13 @@ def draw(shape: tuple[int, int, int], dropout: float, device: torch.device, *, t
     return Draws(t, noise, keep[0], keep[1])
 
 
-def labels_of(sketch: Int[Tensor, "B T"], length: Int[Tensor, " B"], eos: int) -> Int[Tensor, "B T+1"]:
-    """Each frame's id, then ``eos``, then ``NO_LABEL``."""
+def labels_of(
+    sketch: Int[Tensor, "B T"], length: Int[Tensor, " B"], ends: Bool[Tensor, " B"], eos: int
+) -> Int[Tensor, "B T+1"]:
+    """Each frame's id, then ``eos`` if the song ends there and was not cut, then ``NO_LABEL``."""
     places = torch.arange(sketch.shape[1] + 1, device=sketch.device)
     labels = functional.pad(sketch, (0, 1)).masked_fill(places == length[:, None], eos)
-    return labels.masked_fill(places > length[:, None], NO_LABEL)
+    return labels.masked_fill(places >= (length + ends)[:, None], NO_LABEL)
 
 
 def cross_entropy_sum(
