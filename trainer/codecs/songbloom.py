@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchaudio.functional import resample
 
 from trainer.families.songbloom.spec import SongBloom
+from trainer.shapes import Float, Int
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.model import BaseModelSpec
 from trainer.weights import load, local_path, random_weights, read_json, tensors

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
-from jaxtyping import Int
 
 from trainer.audio.decode import load
 from trainer.audio.loudness import normalise
 from trainer.codecs import Codec, open_codec
 from trainer.families import open_family
 from trainer.families.base import Family
+from trainer.shapes import Int
 from trainer.spec.data import Prepare
 from trainer.spec.errors import DataError
 from trainer.spec.job import Job

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trainer.shapes import Float, Int
 from trainer.spec.errors import UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 

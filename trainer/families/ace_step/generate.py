@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from trainer.families.base import unwrapped
+from trainer.shapes import Float
 
 from .network import AceStepNetwork, Conditions, Frames
 from .objective import SHIFT, TIMESTEPS, sampling_sigmas

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.families.cross_entropy import NO_LABEL, chunked_sum, labelled
+from trainer.shapes import Float, Int
 
 from .text import Tokenizer
 
