@@ -90,6 +90,10 @@ class Family(ABC):
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """Arrays computed from each song's text by a frozen encoder; ``prepare`` stores them in the shards."""
 
+    def features(self) -> Mapping[str, tuple[float, int]]:
+        """Frames a second and width ``W``, by name, of arrays [L, W] that a song has to bring, as ``SONG.NAME.npy``."""
+        return {}
+
     @abstractmethod
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         """A micro-batch. Dropouts of conditions are drawn here, from each example's seed, and only if ``training``."""
