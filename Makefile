@@ -125,8 +125,8 @@ demo-base: $(READY) ## make builtin:pocket again (codebooks and base network)
 	@$(BIN)/python -m trainer.builtin
 
 goldens: $(READY) ## write committed copies again: upstream's cases (from GOLDEN=../shared/golden) and the job schema
-	@for case in $$(cd tests/golden/cases && ls -d */*); do [ -d $(GOLDEN)/$$case ] || continue; \
-		cp --no-preserve=mode $(GOLDEN)/$$case/*.json $(GOLDEN)/$$case/*.safetensors tests/golden/cases/$$case/; done
+	@for case in $$(cd $(GOLDEN) && ls -d */*/); do \
+		mkdir -p tests/golden/cases/$$case && cp --no-preserve=mode $(GOLDEN)/$$case* tests/golden/cases/$$case; done
 	@$(BIN)/utaforge schema -o jobs/job.schema.json
 	@git diff --stat -- tests/golden jobs/job.schema.json
 

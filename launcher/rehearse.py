@@ -109,6 +109,7 @@ def shrunk(job: Job, folder: Path) -> Job:
     for _, name, *_ in job.model.urls():
         if name not in ("pretrained", "codec"):
             told["model"][name] = None
+    told["model"].pop("ssl_features", None)  # those that songs bring are of whole songs, for the whole network
     if isinstance(job.method, Lora):
         told["method"]["init"] = None
     told["data"] |= {

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from .figure import Figure, machine, save, show
 
-USUAL = ("apparatus", "submit")
+USUAL = ("apparatus", "submit", "tiny")
 LONG = ("fresh", "launcher", "kubernetes")
 
 

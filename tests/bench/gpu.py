@@ -1,8 +1,8 @@
 """LoRA steps of every family beside a plain PEFT loop: ``python -m tests.bench.gpu [FAMILY…]``, one process.
 
 On a GPU: networks of full size with random weights, and a file in ``results/`` for each kind of GPU and family. On a
-CPU: tiny ones, and nothing is written. Needed are ``PACKAGES``, tokenizers, numpy, pydantic, jaxtyping, PyYAML, regex
-and rich; nothing of Ray, the store, the shards or the tracking.
+CPU: tiny ones, and nothing is written. Needed are ``PACKAGES`` and what they bring along (numpy, tokenizers, PyYAML and
+regex; pydantic and rich by way of transformers' typer); nothing of Ray, the store, the shards or the tracking.
 
 Both sides train on the same songs. Ours is the engine on micro-batches of songs of similar length; the other one takes
 the songs as they come, each batch padded to its longest, under autocast over weights of the same precision.

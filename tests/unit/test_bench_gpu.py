@@ -3,18 +3,44 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pydantic import TypeAdapter
 
-from tests.bench.gpu import TEXT, _grouped, _songs, _weights_times_positions, on_cpu, peak_of
+from tests.bench.gpu import PACKAGES, TEXT, _grouped, _songs, _weights_times_positions, on_cpu, peak_of
 from trainer.families import open_family
 from trainer.families.musicgen.network import MusicGenNetwork
 from trainer.spec.families import FAMILIES, Model
 
 ROOT = Path(__file__).parents[2]
-ABSENT = ("ray", "mlflow", "deepspeed", "pyarrow", "obstore", "diffusers", "av", "pyloudnorm", "boto3", "s3fs")
+
+
+def _brought_along(package: str, seen: set[str]) -> set[str]:
+    """``seen``, the package, and what is installed of what it requires, without extras."""
+    name = canonicalize_name(package)
+    if name in seen:
+        return seen
+    try:
+        requirements = [Requirement(line) for line in metadata.requires(name) or ()]
+    except metadata.PackageNotFoundError:
+        return seen
+    seen.add(name)
+    for one in requirements:
+        if one.marker is None or one.marker.evaluate({"extra": ""}):
+            _brought_along(one.name, seen)
+    return seen
+
+
+THERE = set[str]().union(*(_brought_along(package, set()) for package in PACKAGES))
+ABSENT = {
+    module
+    for module, packages in metadata.packages_distributions().items()
+    if not THERE & {canonicalize_name(package) for package in packages}
+} - {"trainer"}
 ON_A_BARE_BOX = f"""
 import runpy, sys
 from importlib.machinery import PathFinder
@@ -32,6 +58,7 @@ MUSICGEN = open_family(TypeAdapter(Model).validate_python({"family": "musicgen",
 
 def test_all_families_are_measured_with_the_packages_of_a_bare_gpu_box() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "250", "PYTHONPATH": str(ROOT)}
+    assert {"jaxtyping", "diffusers", "pyarrow", "obstore", "ray"} <= ABSENT
     command = [sys.executable, "-c", ON_A_BARE_BOX]
     results = sorted((ROOT / "tests" / "bench" / "results").iterdir())
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -9,9 +9,9 @@ import soundfile
 import torch
 from av.audio.resampler import AudioResampler
 from av.container import InputContainer
-from jaxtyping import Float
 from torchaudio.functional import resample
 
+from trainer.shapes import Float
 from trainer.spec.errors import DataError
 
 SUFFIXES = (".wav", ".flac", ".aiff", ".aif", ".mp3", ".ogg", ".opus", ".m4a", ".mp4", ".aac", ".wma", ".alac")

@@ -3,7 +3,8 @@
 import warnings
 
 import numpy as np
-from jaxtyping import Float
+
+from trainer.shapes import Float
 
 _BLOCK_SECONDS = 0.4
 

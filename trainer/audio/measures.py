@@ -1,7 +1,8 @@
 """What can be said of a sound without any model: is it there, is it whole, is it clean."""
 
 import numpy as np
-from jaxtyping import Float
+
+from trainer.shapes import Float
 
 from .loudness import integrated
 

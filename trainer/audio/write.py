@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 import soundfile
-from jaxtyping import Float
+
+from trainer.shapes import Float
 
 Format = Literal["wav", "flac", "mp3"]
 _SUBTYPES: dict[str, str] = {"wav": "PCM_16", "flac": "PCM_16", "mp3": "MPEG_LAYER_III"}

@@ -15,11 +15,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torchaudio.functional import melscale_fbanks
 
+from trainer.shapes import Float
 from trainer.spec.errors import UtaforgeError
 
 EPS = 1e-6

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float
+
+from trainer.shapes import Float
 
 
 class Codec(Protocol):

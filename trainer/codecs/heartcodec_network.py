@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
+
+from trainer.shapes import Complex, Float, Int
 
 GRID = 9
 """Latents are rounded to multiples of 1/9 (``sq_codec.py``)."""

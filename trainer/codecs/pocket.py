@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.fft import dct
 
 from trainer.audio.decode import SUFFIXES, load
+from trainer.shapes import Float, Int
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.model import BaseModelSpec
 

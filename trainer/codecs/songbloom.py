@@ -10,6 +10,7 @@ Long songs are coded in windows that see all the surroundings that the VAE looks
 
 import hashlib
 import re
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchaudio.functional import resample
 
 from trainer.families.songbloom.spec import SongBloom
+from trainer.shapes import Float, Int
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.model import BaseModelSpec
 from trainer.weights import load, local_path, random_weights, read_json, tensors
@@ -252,7 +253,9 @@ def _windows(frames: int) -> list[tuple[int, int, int, int]]:
 def _make_vae(config: dict[str, Any]) -> "AutoencoderOobleck":
     from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
 
-    return AutoencoderOobleck(**config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*weight_norm.* is deprecated", FutureWarning)
+        return AutoencoderOobleck(**config)
 
 
 def _vae_files(folder: Path, url: str) -> tuple[Path, dict[str, Any]]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
-from jaxtyping import Int
 
 from trainer.audio.decode import load
 from trainer.audio.loudness import normalise
 from trainer.codecs import Codec, open_codec
 from trainer.families import open_family
 from trainer.families.base import Family
+from trainer.shapes import Float, Int
 from trainer.spec.data import Prepare
 from trainer.spec.errors import DataError
 from trainer.spec.job import Job
@@ -31,6 +31,8 @@ Progress = Callable[[int, int, str, Failure | None], None]
 """Told after each song: how many of how many are done, its name, and why it was left out if it was."""
 _PROBE = {"tags": "utaforge 歌", "lyrics": ""}
 _NAMED_FAILURES = 10
+FEATURES_OFF_SECONDS = 1.0
+"""By which features may be longer or shorter than their song: encoders round, and lose frames at the ends."""
 
 
 def prepare(job: Job, progress: Progress | None = None) -> Dataset:
@@ -110,6 +112,7 @@ def _prepared_from(source: SongSource, tools: Tools, probe: dict[str, np.ndarray
         tools.codec.fingerprint,
         tools.family_name,
         *(f"{name} {hashlib.sha256(array.tobytes()).hexdigest()}" for name, array in sorted(probe.items())),
+        *(f"{name} {told}" for name, told in sorted(tools.family.features().items())),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -136,7 +139,7 @@ def _prepared(source: SongSource, tools: Tools, failures: list[Failure], progres
         name, failure = (song.name, song) if isinstance(song, Failure) else (song.audio, None)
         if isinstance(song, SourceSong):
             try:
-                yield _encoded(source, song, tools)
+                yield _with_features(_encoded(source, song, tools), source, song, tools.family)
             except DataError as error:
                 failure = Failure(name, error.problem)
         if failure is not None:
@@ -165,6 +168,35 @@ def _encoded(source: SongSource, song: SourceSong, tools: Tools) -> Song:
         audio = normalise(audio, codec.sample_rate, spec.loudness)
     arrays = codec.encode(audio)
     return _song(song, seconds, arrays[codec.timed[0]].shape[-1], arrays)
+
+
+def _with_features(made: Song, source: SongSource, song: SourceSong, family: Family) -> Song:
+    """The song with the features [L, W] that lie beside it, in float16."""
+    arrays = {
+        name: _checked_features(name, source.features(song, name), rate, width, made.seconds)
+        for name, (rate, width) in family.features().items()
+    }
+    return replace(made, arrays={**made.arrays, **arrays})
+
+
+def _checked_features(
+    name: str, given: np.ndarray, rate: float, width: int, seconds: float
+) -> Float[np.ndarray, "L W"]:
+    if given.dtype.kind != "f" or given.ndim != 2 or given.shape[1] != width:
+        raise DataError(
+            f"the {name} features given with it are {given.dtype} {list(given.shape)}, "
+            f"the model takes floats [L, {width}]"
+        )
+    if abs(len(given) / rate - seconds) > FEATURES_OFF_SECONDS:
+        raise DataError(
+            f"the {name} features given with it are those of {len(given) / rate:.1f} s at {rate:g} a second, "
+            f"the song has {seconds:.1f} s"
+        )
+    with np.errstate(over="ignore"):
+        features = given.astype(np.float16)
+    if not np.isfinite(features).all():
+        raise DataError(f"the {name} features given with it are not all numbers that float16 can hold")
+    return features
 
 
 def _song(song: SourceSong, seconds: float, frames: int, arrays: dict[str, np.ndarray]) -> Song:

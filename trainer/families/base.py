@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trainer.shapes import Float, Int
 from trainer.spec.errors import UtaforgeError
 from trainer.spec.job import Prompt, Sampling
 
@@ -91,6 +91,10 @@ class Family(ABC):
     @abstractmethod
     def conditions(self, texts: Sequence[Mapping[str, str]]) -> list[dict[str, np.ndarray]]:
         """Arrays computed from each song's text by a frozen encoder; ``prepare`` stores them in the shards."""
+
+    def features(self) -> Mapping[str, tuple[float, int]]:
+        """Frames a second and width ``W``, by name, of arrays [L, W] that a song has to bring, as ``SONG.NAME.npy``."""
+        return {}
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:

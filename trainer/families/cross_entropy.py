@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from trainer.shapes import Float, Int
 
 NO_LABEL = -100
 CHUNK_BYTES = 64 << 20

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional
+
+from trainer.shapes import Bool
 
 
 def padded(arrays: Sequence[np.ndarray], axis: int = -1) -> tuple[Tensor, Bool[Tensor, "B L"]]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
+
+from trainer.shapes import Float, Int
 
 
 def draw_table(lengths: Sequence[int], seeds: Sequence[int], ids: int) -> Float[Tensor, "B S ids"]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
+from trainer.shapes import Float
 from trainer.spec.errors import UtaforgeError
 from trainer.weights import load, read_json, tensors
 

@@ -1,9 +1,10 @@
 """Golden cases: do our networks compute what upstream's compute?
 
 ``python -m trainer.families.verify DIR [DIR…]`` runs each case directory (or every one below a directory) and prints
-one line an output with its relative error; the exit status is 1 if one is above the case's tolerance. A case holds
-``case.json``, ``keys.json`` (every state-dict key and shape), ``inputs.safetensors`` and ``outputs.safetensors``;
-weights follow from their names (``weight``). Each family's room runs its own cases: ``golden.run``.
+one line an output with its relative error; the exit status is 1 if one is above the case's tolerance, or if a case
+cannot be run: that is said, and the others are run all the same. A case holds ``case.json``, ``keys.json`` (every
+state-dict key and shape), ``inputs.safetensors`` and ``outputs.safetensors``; weights follow from their names
+(``weight``). Each family's room runs its own cases, ``golden.run``, by what is in them and whatever they are called.
 """
 
 import hashlib
@@ -27,6 +28,8 @@ from trainer.spec.families import FAMILIES
 from trainer.weights import check
 
 Network = TypeVar("Network", bound=nn.Module)
+FILES = (".json", ".protos")
+"""Endings of inputs and outputs that are files of their own, not tensors."""
 
 
 def weight(key: str, shape: tuple[int, ...]) -> Tensor:
@@ -54,12 +57,10 @@ class Case:
     @cached_property
     def told(self) -> dict[str, Any]:
         """``case.json``."""
-        return json.loads((self.folder / "case.json").read_text(encoding="utf-8"))
-
-    @property
-    def name(self) -> str:
-        """Of the case, without its family."""
-        return self.told["case"]
+        file = self.folder / "case.json"
+        if not file.exists():
+            raise UtaforgeError(f"{self.folder} holds no case.json", "name a case directory, or one that holds some")
+        return json.loads(file.read_text(encoding="utf-8"))
 
     @property
     def family(self) -> str:
@@ -74,14 +75,13 @@ class Case:
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
         """By name; float32 and int64 (booleans as int64)."""
-        file = self.folder / "inputs.safetensors"
-        return load_file(file) if file.exists() else {}
+        return self._tensors("inputs")
 
     @cached_property
     def wanted(self) -> dict[str, Tensor]:
-        """Upstream's outputs by name."""
-        file = self.folder / "outputs.safetensors"
-        return load_file(file) if file.exists() else {}
+        """Upstream's outputs by name; for a file that rooms compare themselves, the 0 that they return if it is so."""
+        files = [name for name in self.told["outputs"] if name.endswith(FILES)]
+        return {**dict.fromkeys(files, torch.zeros(1)), **self._tensors("outputs")}
 
     @cached_property
     def keys(self) -> dict[str, tuple[int, ...]]:
@@ -118,6 +118,14 @@ class Case:
         told = self.told["tolerance"]
         return 0.0 if output in told["exact"] else told["overrides"].get(output, told["float"])
 
+    def _tensors(self, kind: str) -> dict[str, Tensor]:
+        file = self.folder / f"{kind}.safetensors"
+        told = {name for name in self.told[kind] if not name.endswith(FILES)}
+        found = load_file(file) if told else {}
+        if missing := sorted(told - found.keys()):
+            raise UtaforgeError(f"{file} lacks {', '.join(missing)}", "copy the case again")
+        return found
+
 
 @dataclass(frozen=True)
 class Line:
@@ -142,14 +150,13 @@ def run(folder: Path) -> list[Line]:
     """Compare every output of a case.
 
     Raises:
-        UtaforgeError: it is no case, or our network has other keys.
+        UtaforgeError: it is no case, something is missing in it, or our network has other keys.
     """
     case = Case(folder)
     if case.family not in FAMILIES:
         raise UtaforgeError(f"{folder}: there is no family {case.family!r}", f"known: {', '.join(FAMILIES)}")
     ours: Mapping[str, Tensor] = importlib.import_module(f"trainer.families.{case.family}.golden").run(case)
-    wanted = case.wanted or dict.fromkeys(case.told["outputs"], torch.zeros(1))
-    return [Line(name, error(ours.get(name), value), case.tolerance(name)) for name, value in wanted.items()]
+    return [Line(name, error(ours.get(name), value), case.tolerance(name)) for name, value in case.wanted.items()]
 
 
 def error(ours: Tensor | None, wanted: Tensor) -> float:
@@ -163,12 +170,9 @@ def error(ours: Tensor | None, wanted: Tensor) -> float:
 
 
 def cases(folders: list[Path]) -> Iterator[Path]:
-    """The case directories among ``folders`` and below them."""
+    """The case directories among ``folders`` and below them; a folder that holds none is taken for a case itself."""
     for folder in folders:
-        found = sorted(file.parent for file in folder.rglob("case.json"))
-        if not found:
-            raise UtaforgeError(f"{folder} holds no case.json", "name a case directory, or one that holds some")
-        yield from found
+        yield from sorted(file.parent for file in folder.rglob("case.json")) or [folder]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,20 +181,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not folders:
         sys.stderr.write("usage: python -m trainer.families.verify DIR [DIR…]\n")
         return 2
-    bad = count = 0
-    try:
-        for folder in cases(folders):
-            for line in run(folder):
-                count, bad = count + 1, bad + (not line.good)
-                verdict = "ok " if line.good else "BAD"
-                limit = f"≤ {line.tolerance:.0e}" if line.tolerance else "equal"
-                name = f"{folder.parent.name}/{folder.name} {line.output}"
-                sys.stdout.write(f"{verdict} {name:<56} {line.error:9.2e}  {limit}\n")
-    except UtaforgeError as problem:
-        sys.stderr.write(f"{problem}\n")
-        return 1
-    sys.stdout.write(f"{count - bad} of {count} outputs are upstream's\n")
-    return 1 if bad else 0
+    bad = count = damaged = 0
+    for folder in cases(folders):
+        name = f"{folder.parent.name}/{folder.name}"
+        try:
+            lines = run(folder)
+        except Exception as problem:  # noqa: BLE001  (whatever a damaged case raises, the others are run)
+            told = str(problem) if isinstance(problem, UtaforgeError) else f"{type(problem).__name__}: {problem}"
+            sys.stdout.write(f"BAD case: {name}: {told}\n")
+            damaged += 1
+            continue
+        for line in lines:
+            count, bad = count + 1, bad + (not line.good)
+            verdict = "ok " if line.good else "BAD"
+            limit = f"≤ {line.tolerance:.0e}" if line.tolerance else "equal"
+            sys.stdout.write(f"{verdict} {f'{name} {line.output}':<56} {line.error:9.2e}  {limit}\n")
+    unrun = f"; {damaged} of the cases could not be run" if damaged else ""
+    sys.stdout.write(f"{count - bad} of {count} outputs are upstream's{unrun}\n")
+    return 1 if bad or damaged else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""SongBloom's codec: windows, files, sketches, errors. The VAE itself is diffusers'."""
+"""SongBloom's codec: windows, files, sketches, errors; and that diffusers' VAE is the published one."""
 
 import json
 import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
 
 from trainer.codecs import open_codec, songbloom
 from trainer.codecs.songbloom import CODEBOOK, VAE_CONFIG, SongBloomCodec
@@ -82,6 +86,29 @@ def test_a_release_is_read_under_the_names_of_stable_audio_tools(tmp_path: Path,
     assert codec_of(vae=f"file://{folder}", vq=f"file://{folder}/vq.safetensors").fingerprint != whole
 
 
+def test_the_vae_is_the_published_one_computed_from_the_tensors_of_its_file(tmp_path: Path) -> None:
+    _write_release(tmp_path / "重み", multiples=(1, 2, 2, 3, 4))
+    file = tmp_path / "重み" / "autoencoder_music_dsp1920.ckpt"
+    dice = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(value.shape, generator=dice) * (0.1 if name.endswith("bias") else 0.5)
+        for name, value in torch.load(file)["state_dict"].items()
+    }
+    torch.save({"state_dict": state}, file)
+    codec = codec_of(vae=f"file://{tmp_path}/重み")
+    published = Oobleck(state)
+    audio = torch.randn(2, 12 * 1920, generator=dice)
+    latents = torch.randn(4, 12, generator=dice)
+    assert _relative(codec.vae.encoder(audio[None])[0], published.encoded(audio)) < 1e-5
+    assert _relative(torch.from_numpy(codec.decode({"latents": latents.numpy()})), published.decoded(latents)) < 1e-5
+
+
+def test_making_the_vae_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        songbloom._make_vae(songbloom.TINY_VAE)
+
+
 def test_missing_and_wrong_parts_are_named(codec: SongBloomCodec, tmp_path: Path) -> None:
     with pytest.raises(UtaforgeError, match=r"model\.codec\.weights\.vae is not given"):
         codec_of().decode({"latents": np.zeros((64, 1))})
@@ -108,10 +135,74 @@ def test_without_its_package_muq_is_refused_with_a_way_out(tmp_path: Path) -> No
     assert "pip install muq" in caught.value.cure
 
 
-def _write_release(folder: Path, strides: tuple[int, ...] = STRIDES) -> dict[str, object]:
+class Oobleck:
+    """The VAE in float64, of a state dict under stable-audio-tools' names.
+
+    Evans et al. 2024, https://arxiv.org/abs/2407.14358: DAC's residual units, strided and transposed convolutions
+    (Kumar et al. 2023, https://arxiv.org/abs/2306.06546), with weight normalisation; snake with a frequency and a
+    height of its own for each channel, both logarithms (Lee et al. 2022, https://arxiv.org/abs/2206.04658); no tanh.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = {name: value.double() for name, value in state.items()}
+
+    def encoded(self, audio: Tensor) -> Tensor:
+        """[2, N] → means and scales [2·C, T]."""
+        x = self._convolved(audio.double()[None], "encoder.layers.0", padding=3)
+        for place, stride in enumerate(STRIDES, 1):
+            block = f"encoder.layers.{place}.layers"
+            for unit, dilation in enumerate((1, 3, 9)):
+                x = self._unit(x, f"{block}.{unit}", dilation)
+            x = self._convolved(self._snake(x, f"{block}.3"), f"{block}.4", stride=stride, padding=stride // 2)
+        return self._convolved(self._snake(x, "encoder.layers.6"), "encoder.layers.7", padding=1)[0]
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """[C, T] → [2, N]."""
+        x = self._convolved(latents.double()[None], "decoder.layers.0", padding=3)
+        for place, stride in enumerate(reversed(STRIDES), 1):
+            block = f"decoder.layers.{place}.layers"
+            x = self._spread(self._snake(x, f"{block}.0"), f"{block}.1", stride)
+            for unit, dilation in enumerate((1, 3, 9), 2):
+                x = self._unit(x, f"{block}.{unit}", dilation)
+        return self._convolved(self._snake(x, "decoder.layers.6"), "decoder.layers.7", padding=3)[0]
+
+    def _unit(self, x: Tensor, name: str, dilation: int) -> Tensor:
+        inner = self._convolved(
+            self._snake(x, f"{name}.layers.0"), f"{name}.layers.1", padding=3 * dilation, dilation=dilation
+        )
+        return x + self._convolved(self._snake(inner, f"{name}.layers.2"), f"{name}.layers.3")
+
+    def _snake(self, x: Tensor, name: str) -> Tensor:
+        frequency, height = (self._state[f"{name}.{part}"].exp()[:, None] for part in ("alpha", "beta"))
+        return x + (frequency * x).sin().square() / height
+
+    def _convolved(self, x: Tensor, name: str, **how: int) -> Tensor:
+        return functional.conv1d(x, self._weight(name), self._state.get(f"{name}.bias"), **how)
+
+    def _spread(self, x: Tensor, name: str, stride: int) -> Tensor:
+        """The transposed convolution of kernel 2·stride: zeros between the frames, then a convolution, backwards."""
+        kernel = self._weight(name).transpose(0, 1).flip(-1)
+        sparse = torch.zeros(*x.shape[:-1], (x.shape[-1] - 1) * stride + 1, dtype=x.dtype)
+        sparse[..., ::stride] = x
+        padding = 2 * stride - 1 - stride // 2
+        return functional.conv1d(sparse, kernel, self._state[f"{name}.bias"], padding=padding)
+
+    def _weight(self, name: str) -> Tensor:
+        direction = self._state[f"{name}.weight_v"]
+        return self._state[f"{name}.weight_g"] * direction / direction.square().sum((1, 2), keepdim=True).sqrt()
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def _write_release(
+    folder: Path, strides: tuple[int, ...] = STRIDES, multiples: tuple[int, ...] = MULTIPLES
+) -> dict[str, object]:
     """A VAE under stable-audio-tools' names, its own JSON and a codebook; returns diffusers' configuration."""
     folder.mkdir()
-    sizes = {"channels": 8, "c_mults": MULTIPLES, "strides": strides, "use_snake": True}
+    sizes = {"channels": 8, "c_mults": multiples, "strides": strides, "use_snake": True}
     told = {
         "sample_rate": 48_000,
         "model": {
@@ -123,7 +214,7 @@ def _write_release(folder: Path, strides: tuple[int, ...] = STRIDES) -> dict[str
         },
     }
     (folder / VAE_CONFIG).write_text(json.dumps(told))
-    config = {**songbloom.TINY_VAE, "downsampling_ratios": list(strides)}
+    config = {**songbloom.TINY_VAE, "downsampling_ratios": list(strides), "channel_multiples": list(multiples)}
     state = {_numbered(name): _value(name, value) for name, value in songbloom._make_vae(config).state_dict().items()}
     torch.save({"state_dict": state}, folder / "autoencoder_music_dsp1920.ckpt")
     save_file({CODEBOOK: torch.randn(1, 32, 1024)}, folder / "vq.safetensors")

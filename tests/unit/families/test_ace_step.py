@@ -10,7 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.unit.families.conftest import examples, sampling, word_tokenizer
 from trainer.adapt import apply
-from trainer.families.ace_step.family import AceStepFamily
+from trainer.audio.write import save
+from trainer.codecs import open_codec
+from trainer.data.loader import validation_batches
+from trainer.data.prepare import Tools, prepare_songs
+from trainer.families.ace_step.family import SSL, AceStepFamily
 from trainer.families.ace_step.generate import Sampler, follow, weakened
 from trainer.families.ace_step.lyrics import START, BpeLyrics, romanised
 from trainer.families.ace_step.network import AceStepNetwork, Config, Frames
@@ -19,6 +23,7 @@ from trainer.families.ace_step.text import dimmed
 from trainer.families.ace_step.weights import FULL, WEIGHTS
 from trainer.families.base import Arrays, Example
 from trainer.families.text_encoder import T5Text
+from trainer.spec.data import Prepare
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.family import lora_parameters
 from trainer.spec.job import Prompt
@@ -281,12 +286,75 @@ def test_lyrics_of_another_vocabulary_are_refused(family):
 
 def test_features_that_are_missing_or_of_the_uncut_song_are_refused():
     family = make(ssl_features=True)
-    with pytest.raises(DataError, match="歌0 has no mert features"):
+    with pytest.raises(DataError, match="歌0 has no mert features") as caught:
         family.collate(songs_of(family), training=False)
+    assert "put SONG.mert.npy beside each song" in caught.value.cure
     whole = songs_of(family, ssl=True)[0]
     cut = {**whole.arrays, "latents": whole.arrays["latents"][..., :5]}
     with pytest.raises(DataError, match=r"raise model\.segment_seconds"):
         family.collate([Example("歌", cut, {}, 0)], training=False)
+
+
+@pytest.fixture
+def sung(tmp_path: Path) -> Path:
+    """A folder of two songs of 3 s with the features of both encoders beside them."""
+    folder, dice = tmp_path / "歌", np.random.default_rng(0)
+    folder.mkdir()
+    for name in ("さくら", "こいのぼり"):
+        save(folder / f"{name}.wav", dice.normal(0, 0.1, (2, 3 * 44_100)).astype(np.float32), 44_100, "wav")
+        (folder / f"{name}.txt").write_text("童謡", encoding="utf-8")
+        (folder / f"{name}.lyrics").write_text("らら", encoding="utf-8")
+        for kind, rate in SSL.items():
+            np.save(folder / f"{name}.{kind}.npy", dice.standard_normal((round(3 * rate) - 1, 8), np.float32))
+    return folder
+
+
+def tools_for(source: dict[str, str], **options) -> Tools:
+    model = AceStep(family="ace_step", pretrained="random:tiny", **options)
+    spec = Prepare.model_validate({"source": source})
+    return Tools(spec, open_codec(model), AceStepFamily(model), "ace_step")
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl"])
+def test_features_beside_the_songs_of_a_source_are_learned_from(sung: Path, tmp_path: Path, kind: str) -> None:
+    source = {"type": "folder", "path": str(sung)}
+    if kind == "jsonl":
+        lines = [json.dumps({"path": f"{name}.wav", "tags": "童謡"}) for name in ("さくら", "こいのぼり")]
+        (sung / "曲.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        source = {"type": "jsonl", "path": str(sung / "曲.jsonl")}
+    tools = tools_for(source, ssl_features=True)
+    dataset = prepare_songs(f"file://{tmp_path}/資料", tools)
+    given = np.load(sung / "さくら.mhubert.npy")
+    assert np.array_equal(dataset.song("さくら").arrays["mhubert"], given.astype(np.float16))
+    family, frames = tools.family, round(30 * tools.family.frame_rate)
+    ((batch, _),) = validation_batches(
+        [dataset], [dataset.songs.ids], family.collate, micro_frames=frames, segment_frames=frames
+    )
+    assert batch.counts["ssl/mert"] == 2 * 224 and batch.counts["ssl/mhubert"] == 2 * 149
+    network = family.network().train()
+    mean_loss(family, network, batch).backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.projectors.parameters())
+
+
+def test_songs_without_their_features_or_with_those_of_others_are_left_out(sung: Path, tmp_path: Path) -> None:
+    source, url = {"type": "folder", "path": str(sung)}, f"file://{tmp_path}/資料"
+    plain = prepare_songs(url, tools_for(source))
+    assert len(plain.songs) == 2 and "mert" not in plain.song("さくら").arrays
+    np.save(sung / "こいのぼり.mert.npy", np.zeros((900, 8), np.float32))
+    (reason,) = (failure.reason for failure in prepare_songs(url, tools_for(source, ssl_features=True)).failures)
+    assert reason == "the mert features given with it are those of 12.0 s at 75 a second, the song has 3.0 s"
+    np.save(sung / "こいのぼり.mert.npy", np.zeros((8, 225), np.float32))
+    (reason,) = (failure.reason for failure in prepare_songs(url, tools_for(source, ssl_features=True)).failures)
+    assert reason == "the mert features given with it are float32 [8, 225], the model takes floats [L, 8]"
+    np.save(sung / "こいのぼり.mert.npy", np.full((225, 8), 1e6, np.float32))
+    (reason,) = (failure.reason for failure in prepare_songs(url, tools_for(source, ssl_features=True)).failures)
+    assert "float16" in reason
+    (sung / "こいのぼり.mert.npy").unlink()
+    dataset = prepare_songs(url, tools_for(source, ssl_features=True))
+    assert dataset.songs.ids == ["さくら"]
+    assert [(failure.name, failure.reason) for failure in dataset.failures] == [
+        ("こいのぼり.wav", "has no こいのぼり.mert.npy beside it, which the model asks for")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,8 @@ def test_a_voice_is_heard_by_its_own_song_alone(
     voiced = plain.model_copy(update={"style": f"file://{tmp_path}/声.wav", "style_text": "夕焼け小焼け"})
     other = voiced.model_copy(update={"seed": 0})
     together = [song["codes"] for song in room.generate(network, [plain, voiced, other], asked)]
-    for asked, codes in zip((plain, voiced, other), together, strict=True):
-        (alone,) = room.generate(network, [asked], asked)
+    for each, codes in zip((plain, voiced, other), together, strict=True):
+        (alone,) = room.generate(network, [each], asked)
         assert np.array_equal(alone["codes"], codes)
     assert not np.array_equal(together[0], together[1])
     assert not np.array_equal(together[1], together[2])

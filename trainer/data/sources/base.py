@@ -71,13 +71,27 @@ class SongSource(ABC):
         Raises:
             DataError: the file is no array.
         """
-        path = str(PurePosixPath(song.audio).with_suffix(self.codes_suffix))
+        return self._array(song, self.codes_suffix, "codes")
+
+    def features(self, song: SourceSong, name: str) -> np.ndarray:
+        """The array that lies beside the song as ``SONG.NAME.npy``.
+
+        Raises:
+            DataError: there is none, or the file is no array.
+        """
+        found = self._array(song, f".{name}.npy", "features")
+        if found is None:
+            raise DataError(f"has no {PurePosixPath(song.audio).stem}.{name}.npy beside it, which the model asks for")
+        return found
+
+    def _array(self, song: SourceSong, suffix: str, what: str) -> np.ndarray | None:
+        path = str(PurePosixPath(song.audio).with_suffix(suffix))
         if path not in self.files.sizes:
             return None
         try:
             return np.load(BytesIO(self.files.store.get(path)), allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise DataError(f"{path} is no array of codes: {error}") from error
+            raise DataError(f"{path} is no array of {what}: {error}") from error
 
 
 class Files:

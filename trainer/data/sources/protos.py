@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int
 
 from trainer.data.dataset import Failure
 from trainer.families.fish_speech.protos import read_protos
+from trainer.shapes import Int
 from trainer.spec.data import ProtosSource
 from trainer.spec.errors import DataError
 

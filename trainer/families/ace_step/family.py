@@ -84,6 +84,11 @@ class AceStepFamily(Family):
         ids = [self._lyrics(text.get("lyrics", "")) for text in texts]
         return [{"text_hidden": h, "lyric_ids": i} for h, i in zip(hidden, ids, strict=True)]
 
+    def features(self) -> Mapping[str, tuple[float, int]]:
+        """``mert`` and ``mhubert``, if ``model.ssl_features`` asks for them."""
+        widths = dict(zip(SSL, self.release.config.ssl_latent_dims, strict=True)) if self.ssl else {}
+        return {name: (SSL[name], width) for name, width in widths.items()}
+
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         """``latents`` [B, 8, 16, T], ``inside`` [B, T], the conditions with their masks, SSL features; padded right.
 
@@ -199,7 +204,7 @@ def _check_features(example: Example, name: str, frame_rate: float) -> None:
     if name not in example.arrays:
         raise DataError(
             f"song {example.id} has no {name} features, and model.ssl_features asks for them",
-            "prepare the dataset again with model.ssl_features, or leave it out",
+            f"put SONG.{name}.npy beside each song and prepare the dataset again, or leave out model.ssl_features",
         )
     seconds = example.arrays["latents"].shape[-1] / frame_rate
     found = len(example.arrays[name]) / SSL[name]

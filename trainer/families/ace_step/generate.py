@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import count, pairwise
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from trainer.families.base import unwrapped
+from trainer.shapes import Float
 
 from .network import AceStepNetwork, Conditions, Frames
 from .objective import SHIFT, TIMESTEPS, clean, noisy, sampling_sigmas

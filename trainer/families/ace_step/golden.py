@@ -25,14 +25,14 @@ from .objective import (
 def run(case: Case) -> dict[str, Tensor]:
     """Our outputs of ``case``."""
     kinds = {
-        "sigmas": _sigmas,
-        "samplers": _samplers,
-        "generate": _generate,
-        "train": _train,
-        "dcae": _dcae,
-        "mel": _mel_vocoder,
+        "logit_std": _sigmas,
+        "infer_steps": _generate,
+        "encoder_block_types": _dcae,
+        "upsample_rates": _mel_vocoder,
     }
-    return next(adapter for kind, adapter in kinds.items() if case.name.startswith(kind))(case)
+    if "velocity" in case.inputs:
+        return _samplers(case)
+    return next((outputs for told, outputs in kinds.items() if told in case.config), _train)(case)
 
 
 def _sigmas(case: Case) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ Legend: ``B`` batch, ``L`` lyric tokens, ``W`` width, ``H`` heads.
 import math
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+from trainer.shapes import Bool, Float
 
 DROPOUT = 0.1
 

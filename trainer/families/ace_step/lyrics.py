@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from jaxtyping import Int
 
+from trainer.shapes import Int
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.weights import local_path
 

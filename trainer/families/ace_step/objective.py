@@ -8,9 +8,10 @@ ace-step/ACE-Step@d612523f50e252c0e138e68ae75b06223f96e934, ``trainer.py`` and `
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+from trainer.shapes import Bool, Float, Int
 
 TIMESTEPS = 1000
 SHIFT = 3.0

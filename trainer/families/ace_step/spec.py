@@ -30,7 +30,8 @@ class AceStep(BaseModelSpec):
     shift: PositiveFloat = 3.0
     """How far timesteps are shifted towards noise, in training and sampling alike."""
     ssl_features: bool = False
-    """Also learn to guess MERT's and mHuBERT's features, which hold the lyrics; shards need them."""
+    """Also learn to guess MERT's and mHuBERT's features, which hold the lyrics; songs bring them as
+    ``SONG.mert.npy`` and ``SONG.mhubert.npy``."""
     segment_seconds: PositiveFloat = 240.0
     """Longer songs are cut into segments of at most this length (upstream trains on whole songs up to it)."""
     scheduled_sampling: ScheduledSampling | None = None

@@ -6,9 +6,9 @@ ace-step/ACE-Step@d612523f50e252c0e138e68ae75b06223f96e934, ``pipeline_ace_step.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 from trainer.families.text_encoder import HashedText, T5Text, TextEncoder
+from trainer.shapes import Float
 from trainer.spec.errors import UtaforgeError
 from trainer.weights import local_path
 

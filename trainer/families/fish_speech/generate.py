@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.families.base import unwrapped
 from trainer.families.sampling import passed
+from trainer.shapes import Float, Int
 
 from .network import FishSpeechNetwork
 

@@ -20,7 +20,7 @@ from .protos import read_protos
 
 def run(case: Case) -> dict[str, Tensor]:
     """Our outputs of ``case``."""
-    if case.name == "protos":
+    if "expected.json" in case.told["outputs"]:
         return _protos(case)
     if "backbone" in case.config:
         return _firefly(case)

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from trainer.shapes import Bool, Float, Int
 from trainer.spec.errors import UtaforgeError
 
 from .objective import loss_sums

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from trainer.families.cross_entropy import NO_LABEL, chunked_sum, labelled
+from trainer.shapes import Float, Int
 
 from .text import Tokenizer
 

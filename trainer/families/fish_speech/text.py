@@ -15,9 +15,9 @@ from pathlib import Path
 
 import regex
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from trainer.shapes import Int
 from trainer.spec.errors import UtaforgeError
 
 SEMANTIC_IDS = 1024

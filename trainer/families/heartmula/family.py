@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.heartmula.spec import HeartMuLa
+from trainer.shapes import Bool, Int
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trainer.families.base import unwrapped
 from trainer.families.sampling import draw_table, sample
+from trainer.shapes import Bool, Float, Int
 
 from .network import HeartMuLaNetwork, RowCache
 

@@ -33,7 +33,7 @@ def _train(case: Case) -> dict[str, Tensor]:
     network, given = _network(case), case.inputs
     tokens, slot = given["tokens"], given["muq_index"]
     mask, frames, valid = (given[name].bool() for name in ("tokens_mask", "frame_mask", "valid_mask"))
-    unconditional = torch.full((len(tokens),), case.name.startswith("uncond"))
+    unconditional = _unconditional(case, network)
     embeddings = network.embed(tokens, mask, unconditional, slot)
     hidden = network.hidden(embeddings, mask)
     context, codes = contexts(hidden, tokens, frames)
@@ -49,6 +49,13 @@ def _train(case: Case) -> dict[str, Tensor]:
         "ce_k": means[1:],
         "loss": means[0] + means[1:].mean(),
     }
+
+
+def _unconditional(case: Case, network: HeartMuLaNetwork) -> Tensor:
+    """The songs without text: a case says so in words alone, but the wanted row at their slot has no other value."""
+    slot = case.inputs["muq_index"]
+    rows = case.wanted["input_embeddings"][torch.arange(len(slot)), slot]
+    return torch.isclose(rows, network.unconditional_text_embedding.weight).all(1)
 
 
 def _generate(case: Case) -> dict[str, Tensor]:

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from trainer.codecs.heartcodec_network import rotate
+from trainer.shapes import Bool, Complex, Float, Int
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from trainer.shapes import Bool, Float, Int
 
 from .llama import Cache, Llama, LlamaConfig
 from .objective import cross_entropy_sums

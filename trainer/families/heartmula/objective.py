@@ -11,11 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from trainer.families.cross_entropy import chunked_sum
+from trainer.shapes import Bool, Float, Int
 
 if TYPE_CHECKING:
     from .network import HeartMuLaNetwork

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from trainer.shapes import Int
 from trainer.spec.errors import UtaforgeError
 from trainer.weights import local_path
 

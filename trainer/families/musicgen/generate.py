@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from trainer.families.base import unwrapped
 from trainer.families.sampling import draw_table, sample
+from trainer.shapes import Bool, Float, Int
 
 from .network import MusicGenNetwork
 

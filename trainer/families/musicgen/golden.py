@@ -14,7 +14,7 @@ from .weights import Release
 
 def run(case: Case) -> dict[str, Tensor]:
     """Our outputs of ``case``."""
-    return _encodec(case) if case.name == "encodec" else _delay(case)
+    return _encodec(case) if "upsampling_ratios" in case.config else _delay(case)
 
 
 @torch.no_grad()

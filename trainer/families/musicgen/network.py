@@ -4,12 +4,12 @@ Legend: ``B`` batch, ``K`` codebooks, ``S`` sequence, ``L`` text tokens, ``D`` w
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache, MusicgenForCausalLM
 from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
 from trainer.families.cross_entropy import labelled
+from trainer.shapes import Bool, Float, Int
 
 from .objective import cross_entropy_sums
 

@@ -8,11 +8,11 @@ of the mean over frames; all codebooks have equally many frames, so it is one su
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.families.cross_entropy import NO_LABEL, chunked_sum
+from trainer.shapes import Float, Int
 
 
 def delay(

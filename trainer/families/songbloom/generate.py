@@ -13,11 +13,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trainer.families.base import unwrapped
 from trainer.families.sampling import sample
+from trainer.shapes import Float, Int
 
 from .network import SongBloom
 from .transformer import Cache

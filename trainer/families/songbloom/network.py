@@ -9,9 +9,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+from trainer.shapes import Bool, Float, Int
 
 from .config import SongBloomConfig
 from .objective import Draws, cross_entropy_sum, flow_pairs, labels_of, valid_blocks

@@ -8,11 +8,11 @@ goes from latents (t = 0) to noise (t = 1): ``z = (1 - t) x + t Îµ``, target ``Î
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.families.cross_entropy import NO_LABEL, chunked_sum, labelled
+from trainer.shapes import Bool, Float, Int
 
 EVALUATION_SEED = 0
 

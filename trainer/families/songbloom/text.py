@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+
+from trainer.shapes import Int
 
 log = logging.getLogger(__name__)
 NO_TOKEN = -1

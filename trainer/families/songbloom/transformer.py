@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from trainer.shapes import Float
 
 RMS_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
