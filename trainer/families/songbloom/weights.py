@@ -115,14 +115,14 @@ def save_network(release: Release, network: "SongBloom", folder: Path, values: M
     folder.mkdir(parents=True, exist_ok=True)
     state = {f"{PREFIX}{name}": value for name, value in {**network.state_dict(), **values}.items()}
     if release.file is not None:
-        state |= {name: value for name, value in tensors(release.file) if name.startswith(VAE_PREFIX)}
+        state |= dict(tensors(release.file, lambda name: name.startswith(VAE_PREFIX)))
     save(state, folder / f"{NAME}.pt")
     told = {"max_dur": release.config.max_seconds, "model": to_upstream(release.config)}
     (folder / f"{NAME}.yaml").write_text(yaml.safe_dump(told, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
 def _only_release(url: str, folder: Path) -> Release:
-    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.with_suffix(".yaml").exists())
+    found = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES and file.with_suffix(".yaml").exists())
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise UtaforgeError(f"model.pretrained: {url} holds {len(found)} releases ({names})", CURE)
@@ -153,8 +153,8 @@ def _read_vocabulary(file: Path) -> list[str]:
 def _read_yaml(file: Path, loader: Any) -> Any:
     try:
         return yaml.load(file.read_text(encoding="utf-8"), loader)  # noqa: S506  (safe and base loaders alone)
-    except FileNotFoundError:
-        raise UtaforgeError(f"model.pretrained: there is no {file}", CURE) from None
+    except OSError as error:
+        raise UtaforgeError(f"model.pretrained: {file} cannot be read: {error.strerror}", CURE) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UtaforgeError(f"{file} is not YAML: {error}", "copy it again") from error
 
