@@ -106,12 +106,17 @@ def tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> It
     )
 
 
+def beside(url: str, name: str) -> Path | None:
+    """The file ``name`` of the release whose folder or file of weights is at ``url``, if there is one."""
+    url = url.rstrip("/")
+    folder = parent(url) if url.endswith(WEIGHTS) else url
+    return find(f"{folder}/{name}") if folder and "://" in url else None
+
+
 def configuration(url: str) -> dict[str, Any]:
-    """``config.json`` of the release whose folder or file is at ``url``; empty if there is none."""
-    for folder in (url.rstrip("/"), parent(url)):
-        if folder and (file := find(f"{folder}/config.json")):
-            return read_json(file)
-    return {}
+    """``config.json`` of the release whose folder or file of weights is at ``url``; empty if there is none."""
+    file = beside(url, "config.json")
+    return read_json(file) if file else {}
 
 
 def read_json(file: Path) -> dict[str, Any]:
