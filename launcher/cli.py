@@ -414,19 +414,20 @@ def demo_data(folder: str) -> None:
 
 
 @cli.command()
-@click.option("--model", "weights_url", metavar="URL", help="Test these weights instead, on the songs of --dataset.")
-@click.option("--dataset", "dataset_url", metavar="URL", help="Prepared for the family of --model.")
+@click.option("--model", "weights_url", metavar="URL", help="Test these weights instead; --job tells what they do not.")
+@click.option("--dataset", "dataset_url", metavar="URL", help="Prepared songs to test --model on, else made-up ones.")
 @_store_options
 @_json
 def doctor(
     weights_url: str | None, dataset_url: str | None, store_url: str | None, job_path: str | None, as_json: bool
 ) -> None:
     """What is missing on this machine, and the cure; with --model, whether weights and songs are right."""
-    if (weights_url is None) != (dataset_url is None):
-        raise click.UsageError("--model and --dataset go together")
-    if weights_url and dataset_url:
-        flags = ["--json"] if as_json else []
-        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, dataset_url, *flags))
+    if dataset_url and not weights_url:
+        raise click.UsageError("--dataset goes with --model")
+    if weights_url:
+        given = {"--dataset": dataset_url, "--job": job_path}
+        flags = [part for flag, value in given.items() if value for part in (flag, value)]
+        raise click.exceptions.Exit(_trainer("trainer.selftest", weights_url, *flags, *["--json"] * as_json))
     from dataclasses import asdict
 
     from launcher import show

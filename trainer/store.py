@@ -154,13 +154,13 @@ class Store:
 
     def folders(self, prefix: str = "") -> list[str]:
         """Names of the folders directly below the folder ``prefix``, sorted; none if it is not there."""
-        with self._explained("list", prefix.rstrip("/")) as key:
-            try:
-                found = obstore.list_with_delimiter(self._client(), key or None)["common_prefixes"]
-            except FileNotFoundError as error:
-                _check_bucket(error)
-                return []
+        found = self._directly_below(prefix)["common_prefixes"]
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    def files(self, prefix: str = "") -> "list[Entry]":
+        """The objects directly in the folder ``prefix``, sorted by path; none if it is not there."""
+        found = self._directly_below(prefix)["objects"]
+        return [self._entry(item) for item in sorted(found, key=lambda item: item["path"])]
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Every object below the folder ``prefix``, sorted by path; none if it is not there."""
@@ -172,7 +172,7 @@ class Store:
                 _check_bucket(error)
                 return
         for item in sorted(found, key=lambda item: item["path"]):
-            yield Entry(self._relative(item["path"]), item["size"], item["last_modified"].timestamp())
+            yield self._entry(item)
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove objects; those that are not there are passed over."""
@@ -311,6 +311,17 @@ class Store:
 
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{_checked(path)}" if self._prefix else _checked(path)
+
+    def _directly_below(self, prefix: str) -> Any:
+        with self._explained("list", prefix.rstrip("/")) as key:
+            try:
+                return obstore.list_with_delimiter(self._client(), key or None)
+            except FileNotFoundError as error:
+                _check_bucket(error)
+                return {"common_prefixes": [], "objects": []}
+
+    def _entry(self, item: Any) -> Entry:
+        return Entry(self._relative(item["path"]), item["size"], item["last_modified"].timestamp())
 
     def _relative(self, key: str) -> str:
         return key.removeprefix(f"{self._prefix}/") if self._prefix else key

@@ -32,10 +32,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.adapt import apply, parameter_groups
-from trainer.codecs.dcae import SHAPE
 from trainer.data.planner import Pool, in_order
 from trainer.engine import DTYPES, Engine, Precision
-from trainer.families import open_family
+from trainer.families import made_up, open_family
 from trainer.families.base import Batch, Example, Family
 from trainer.spec.families import FAMILIES, Model
 from trainer.spec.job import BatchSongs, Train
@@ -56,8 +55,6 @@ LEGEND = (
     "tokens: frames × codebooks, padding not counted; value: MFU = 4·N·D ÷ (seconds · peak) of ours, "
     "N: parameters that a frame passes, D: frames"
 )
-STYLE_FRAMES = 250
-TEXT = {"tags": "祭り, koto, female vocal", "lyrics": "[verse] s a k u r a . [chorus] h a n a . y u k i"}
 LR, CLIP = 1e-4, 1.0
 
 
@@ -148,7 +145,7 @@ def measure(name: str, place: Place) -> Figure:
     """Both sides of one family, one after the other."""
     family = open_family(TypeAdapter(Model).validate_python({"family": name, "pretrained": f"random:{place.size}"}))
     method = Lora(type="lora", preset=next(iter(FAMILIES[name].presets)))
-    songs = _songs(name, family, place)
+    songs = _songs(family, place)
     grouped = _grouped(songs, place.together)
     arrived = [songs[at : at + place.together] for at in range(0, len(songs), place.together)]
     frames = sum(_batch(family, [song]).frames for song in songs)
@@ -179,31 +176,12 @@ def measure(name: str, place: Place) -> Figure:
     )
 
 
-def _songs(name: str, family: Family, place: Place) -> list[Example]:
+def _songs(family: Family, place: Place) -> list[Example]:
     """Songs of a quarter of the greatest length and more, always the same."""
     draw = np.random.default_rng(0)
     longest = round(min(family.segment_seconds, place.seconds) * family.frame_rate)
     lengths = draw.integers(longest // 4, longest, place.songs, endpoint=True).tolist()
-    (conditions,) = family.conditions([TEXT])
-    return [
-        Example(f"歌{index}", {**_sound(name, family, frames, draw), **conditions}, TEXT, seed=index)
-        for index, frames in enumerate(lengths)
-    ]
-
-
-def _sound(name: str, family: Any, frames: int, draw: np.random.Generator) -> dict[str, np.ndarray]:
-    """What the family's codec would have made of a song."""
-
-    def latents(*shape: int) -> np.ndarray:
-        return draw.standard_normal(shape, np.float32).astype(np.float16)
-
-    if name == "ace_step":
-        return {"latents": latents(*SHAPE, frames)}
-    codes = draw.integers(0, family.vocabulary, (family.codebooks, frames)).astype(np.uint16)
-    if name == "songbloom":
-        channels = family.release.config.latent_dim
-        return {"sketch": codes[0], "latents": latents(channels, frames), "style": latents(channels, STYLE_FRAMES)}
-    return {"codes": codes}
+    return made_up.songs(family, lengths, draw)
 
 
 def _length(song: Example) -> int:

@@ -1,6 +1,7 @@
 """The store and the data path over real HTTP, against an S3 server in a process of its own."""
 
 import os
+import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.families.conftest import ace_step_release
 from trainer.codecs import open_codec
 from trainer.data.dataset import Dataset
 from trainer.data.prepare import Tools, prepare_songs
-from trainer.families import open_family
+from trainer.families import open_family, recognise
+from trainer.families.ace_step.family import AceStepFamily
+from trainer.families.ace_step.spec import AceStep
+from trainer.families.ace_step.weights import PART, WEIGHTS
+from trainer.families.heartmula.spec import HeartMuLa
+from trainer.families.heartmula.weights import open_release
 from trainer.families.musicgen.spec import MusicGen
 from trainer.spec.data import Prepare
-from trainer.spec.errors import StoreError
+from trainer.spec.errors import StoreError, UtaforgeError
 from trainer.store import Store, open_store
 
 MUSIC = Path(os.environ.get("UTAFORGE_TEST_MUSIC", Path(__file__).parents[3] / "shared" / "data" / "music"))
@@ -74,6 +81,37 @@ def test_publishers_at_once_leave_one_whole_set_of_files(store, tmp_path):
     assert manifest["writer"] == won.index(True)
     for name in "abc":
         assert (tmp_path / "out" / f"{name}.bin").read_text() == f"歌{manifest['writer']}"
+
+
+def test_what_lies_in_other_folders_of_a_release_is_copied_when_it_is_asked_for(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("UTAFORGE_HOME", str(tmp_path / "家"))
+    put(store.at("公開"), ace_step_release(tmp_path / "公開"))
+    copies = tmp_path / "家" / "cache" / "weights" / store.at("公開").url.replace("://", "/")
+    for inside in ("", f"/{PART}", f"/{PART}/{WEIGHTS}"):
+        family = AceStepFamily(AceStep(family="ace_step", pretrained=f"{store.url}/公開{inside}"))
+        assert family.network().proj_in is not None
+        assert [path.name for path in copies.iterdir()] == [PART]
+        assert family._text(["童謡 piano"])[0].shape == (2, 32)
+        shutil.rmtree(copies)
+    with pytest.raises(UtaforgeError, match=f"there is nothing at {store.url}/無い"):
+        AceStepFamily(AceStep(family="ace_step", pretrained=f"{store.url}/無い")).network()
+
+
+def test_a_tokenizer_in_the_folder_above_the_weights_is_found(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("UTAFORGE_HOME", str(tmp_path / "家"))
+    family = open_family(HeartMuLa(family="heartmula", pretrained="random:tiny"))
+    family.save(family.network(), tmp_path / "公開" / "重み", {})
+    (tmp_path / "公開" / "tokenizer.json").write_text("{}")
+    put(store, tmp_path / "公開")
+    for url in (f"{store.url}/重み", f"{store.url}/重み/model.safetensors"):
+        assert open_release(url).file("tokenizer.json").read_text() == "{}"
+        assert recognise(url) == {"family": "heartmula"}
+
+
+def put(store: Store, folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.upload(path, path.relative_to(folder).as_posix())
 
 
 def test_a_damaged_object_is_found_by_its_hash(store, tmp_path):

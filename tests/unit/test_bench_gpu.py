@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic import TypeAdapter
 
-from tests.bench.gpu import PACKAGES, TEXT, _grouped, _songs, _weights_times_positions, on_cpu, peak_of
+from tests.bench.gpu import PACKAGES, _grouped, _songs, _weights_times_positions, on_cpu, peak_of
 from trainer.families import open_family
 from trainer.families.musicgen.network import MusicGenNetwork
 from trainer.spec.families import FAMILIES, Model
@@ -73,12 +73,12 @@ def test_all_families_are_measured_with_the_packages_of_a_bare_gpu_box() -> None
 
 
 def test_n_times_d_is_each_weight_times_the_positions_that_pass_it() -> None:
-    songs = _songs("musicgen", MUSICGEN, on_cpu())[:1]
+    songs = _songs(MUSICGEN, on_cpu())[:1]
     network = MUSICGEN.network()
     assert isinstance(network, MusicGenNetwork)
     frames, books = songs[0].arrays["codes"].shape[-1], MUSICGEN.codebooks
     words = len(songs[0].arrays["text_hidden"])
-    assert "祭り" in TEXT["tags"] and words > 1
+    assert words > 1
     wanted = 0
     for name, weight in network.named_parameters():
         if "embed_tokens" in name or weight.ndim < 2:
@@ -90,7 +90,7 @@ def test_n_times_d_is_each_weight_times_the_positions_that_pass_it() -> None:
 
 
 def test_every_song_is_in_one_micro_batch_beside_songs_of_its_length() -> None:
-    songs = _songs("musicgen", MUSICGEN, on_cpu())
+    songs = _songs(MUSICGEN, on_cpu())
     micro = _grouped(songs, 2)
     assert sorted(song.id for batch in micro for song in batch) == [f"歌{index}" for index in range(len(songs))]
     lengths = [song.arrays["codes"].shape[-1] for batch in micro for song in batch]

@@ -13,6 +13,9 @@ from torch.nn import functional
 from transformers.models.musicgen import modeling_musicgen
 
 from launcher.cli import run
+from tests.unit.families.conftest import fish_speech_release
+from tests.unit.families.test_every_family import MODELS
+from tests.unit.families.test_every_family import model as tiny
 from trainer import selftest
 from trainer.audio.write import save
 from trainer.codecs import open_codec
@@ -31,6 +34,14 @@ AUTOREGRESSIVE = ("fish_speech", "heartmula", "musicgen", "songbloom")
 SHARPER = 8
 """By how much the weights of a tiny network's layers are larger, so that attention is heard."""
 CPU = torch.device("cpu")
+JOB = """\
+name: koto
+store: file:///箏
+model: {family: ace_step, pretrained: "s3://箏/重み", ssl_features: true, lyric_vocabulary: "s3://箏/vocab.json"}
+method: {type: lora}
+data: {train: [{dataset: "s3://箏/songs"}]}
+train: {steps: 10, batch: {seconds: 30}}
+"""
 LYRICS = "[verse] s a k u r a . s a k u r a さくら"
 
 
@@ -63,13 +74,51 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 def test_weights_and_songs_that_belong_together_pass(
     family: str, datasets: Callable[[str], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert selftest.main(["random:tiny", datasets(family)]) == 0
+    assert selftest.main(["random:tiny", "--dataset", datasets(family)]) == 0
     told = capfd.readouterr().out.splitlines()
     generation = ["greedy generation", "causality"] if family in AUTOREGRESSIVE else ["greedy generation, causality"]
     assert [line.split(":")[0] for line in told] == [
         f"ok   {name}" for name in ("songs", "weights", "loss", *generation, "untrained adapter", "merged adapter")
     ]
     assert (family in AUTOREGRESSIVE) == ("ace_step is not autoregressive" not in "".join(told))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_alone_tell_what_they_are_and_are_tested_on_songs_that_are_made_up(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, family = tmp_path / "公開", open_family(tiny(name))
+    family.save(family.network(), folder, {})
+    if name.startswith("fish_speech"):
+        fish_speech_release(folder, MODELS[name]["version"])
+    assert selftest.main([f"file://{folder}"]) == 0
+    told = capfd.readouterr().out
+    assert f"parameters of {name.split()[0]}, every key" in told
+    assert "made up: no id of a dataset was looked at" in told
+
+
+def test_a_job_tells_what_weights_do_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "箏.yaml"
+    job.write_text(JOB, encoding="utf-8")
+    assert selftest.main(["random:tiny", "--job", str(job)]) == 0
+    assert "parameters of ace_step, every key" in capfd.readouterr().out
+    assert selftest.main(["random:tiny"]) == 1
+    assert "random:tiny may be of any family\n  → name a job of that family: --job JOB" in capfd.readouterr().err
+
+
+def test_what_is_no_release_is_told_with_its_place_and_cure(
+    tmp_path: Path, datasets: Callable[[str], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "空").mkdir()
+    assert selftest.main([f"file://{tmp_path}/空"]) == 1
+    told = capfd.readouterr().err
+    assert f"file://{tmp_path}/空 is no release of musicgen, songbloom" in told
+    assert "name the folder of an official release" in told and "--job JOB" in told
+    assert selftest.main(["歌/重み"]) == 3
+    assert "'歌/重み' is not a store" in capfd.readouterr().err
+    songs = datasets("ace_step")
+    assert selftest.main(["builtin:pocket", "--dataset", songs]) == 4
+    assert "was prepared for ace_step, the weights at builtin:pocket are of musicgen" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("family", AUTOREGRESSIVE)
@@ -126,7 +175,7 @@ def test_an_adapter_that_does_not_merge_fails(
 
     apply = selftest.apply
     monkeypatch.setattr(selftest, "apply", careless)
-    assert selftest.main(["random:tiny", datasets("musicgen")]) == 1
+    assert selftest.main(["random:tiny", "--dataset", datasets("musicgen")]) == 1
     assert "FAIL merged adapter" in capfd.readouterr().out
 
 
@@ -134,9 +183,9 @@ def test_what_cannot_be_used_is_told_with_its_cure(
     datasets: Callable[[str], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     songs = datasets("musicgen")
-    assert selftest.main(["file:///無い", songs]) == 1
+    assert selftest.main(["file:///無い", "--dataset", songs]) == 1
     assert "there is no /無い\n  → name the folder" in capfd.readouterr().err
-    assert selftest.main(["random:tiny", f"{songs}-無い"]) == 4
+    assert selftest.main(["random:tiny", "--dataset", f"{songs}-無い"]) == 4
     assert "musicgen-無い" in capfd.readouterr().err
 
 
@@ -144,13 +193,15 @@ def test_the_doctor_tells_its_self_tests_as_json(
     datasets: Callable[[str], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     songs = datasets("ace_step")
-    assert selftest.main(["random:tiny", songs, "--json"]) == 0
+    assert selftest.main(["random:tiny", "--dataset", songs, "--json"]) == 0
     checks = json.loads(capfd.readouterr().out)
     assert [check["name"] for check in checks][:3] == ["songs", "weights", "loss"]
     assert all(check["ok"] is True and check["found"] for check in checks)
+    assert run(["doctor", "--dataset", songs]) == 1
+    assert "--dataset goes with --model" in capfd.readouterr().err
     assert run(["doctor", "--model", "file:///無い", "--dataset", songs, "--json"]) == 1
     told = capfd.readouterr()
-    assert [check["name"] for check in json.loads(told.out)] == ["songs"]
+    assert json.loads(told.out) == []
     assert "there is no /無い" in told.err
 
 

@@ -50,6 +50,8 @@ def test_lists_and_folders_are_relative_and_sorted(store):
     assert [entry.path for entry in store.at("a").list()] == ["deep/歌"]
     assert store.folders() == ["a", "b", "b-other"]
     assert store.at("a").folders() == ["deep"]
+    assert [(entry.path, entry.bytes) for entry in store.at("b").files()] == [("1.bin", 7), ("2.bin", 7)]
+    assert (store.files(), store.files("無い")) == ([], [])
 
 
 def test_delete_passes_over_what_is_not_there(store):

@@ -5,7 +5,6 @@ channels' spectrograms, as if of an image; ``adamos.Vocoder`` makes sound of the
 ace-step/ACE-Step@d612523f50e252c0e138e68ae75b06223f96e934, ``music_dcae/music_dcae_pipeline.py``.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from trainer.spec.model import BaseModelSpec
 from trainer.weights import load, local_path, random_weights, read_json, tensors
 
 from .adamos import LogMel, Vocoder, VocoderConfig
+from .base import hash_of_weights
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
@@ -108,11 +108,10 @@ class Dcae:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the autoencoder's weights."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.autoencoder.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        if self._weights is None:
+            return hash_of_weights(self.autoencoder.state_dict())
+        folder, _ = self._folder("dcae", "music_dcae_f8c8")
+        return hash_of_weights(dict(tensors(folder / WEIGHTS)))
 
     @cached_property
     def autoencoder(self) -> "AutoencoderDC":

@@ -4,8 +4,7 @@ Long songs are coded in overlapping windows, so that memory stays bounded: every
 surrounds it. (Its LSTMs remember further back than that in principle; in effect they do not.)
 """
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +16,17 @@ from torch import Tensor
 from trainer.shapes import Float, Int
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.model import BaseModelSpec
-from trainer.weights import load, local_path, random_weights, read_json, tensors
+from trainer.weights import folder_of, load, local_path, random_weights, read_json, tensors
+
+from .base import hash_of_codebooks
 
 if TYPE_CHECKING:
     from transformers import EncodecConfig, EncodecModel
 
 PREFIX = "audio_encoder."
 """Under which a MusicGen release holds its EnCodec."""
+CODEBOOK = "codebook.embed"
+"""End of the name of a codebook."""
 TINY = {
     "sampling_rate": 32_000,
     "audio_channels": 1,
@@ -79,22 +82,22 @@ class Encodec:
                 f"model.codec.weights.encodec is not given and {url} holds no EnCodec",
                 "download facebook/encodec_32khz and name its folder there",
             )
-        folder = local_path(url, place)
-        told = read_json(folder / "config.json")
+        path = local_path(url, place)
+        told = read_json(folder_of(path) / "config.json")
         config = EncodecConfig(**told.get("audio_encoder", told))
         if config.audio_channels != 1 or config.normalize or config.chunk_length_s:
             raise UtaforgeError(
                 f"{url} is not MusicGen's EnCodec: it is for {config.audio_channels} channels or codes in chunks",
                 "name the folder of facebook/encodec_32khz",
             )
-        return cls(config, folder, url)
+        return cls(config, path, url)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the codebooks, by which codes are told apart."""
-        state = self.model.state_dict()
-        books = [state[name] for name in sorted(state) if name.endswith("codebook.embed")]
-        return hashlib.sha256(torch.stack(books).numpy().tobytes()).hexdigest()[:16]
+        state = self._state(CODEBOOK) if self._weights else self.model.state_dict().items()
+        books = {name: value for name, value in state if name.endswith(CODEBOOK)}
+        return hash_of_codebooks(books, self.codebooks, self._url)
 
     @cached_property
     def model(self) -> "EncodecModel":
@@ -103,13 +106,7 @@ class Encodec:
 
         if self._weights is None:
             return random_weights(lambda: EncodecModel(self._config)).eval()
-        inside = "audio_encoder" in read_json(self._weights / "config.json")
-        state = (
-            (name.removeprefix(PREFIX) if inside else name, value)
-            for name, value in tensors(self._weights)
-            if name.startswith(PREFIX) or not inside
-        )
-        return load(lambda: EncodecModel(self._config), map(_renamed, state), self._url).eval()
+        return load(lambda: EncodecModel(self._config), map(_renamed, self._state()), self._url).eval()
 
     def encode(self, audio: Float[np.ndarray, "1 N"]) -> dict[str, np.ndarray]:
         """``codes`` [K, T] of ``audio``: ``T = ceil(N / hop)``."""
@@ -141,6 +138,13 @@ class Encodec:
             for begin, count, first, last in self._windows(codes.shape[1])
         ]
         return (torch.cat(parts) if parts else torch.zeros(0)).numpy()[None]
+
+    def _state(self, end: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the release that are EnCodec's and whose names end so."""
+        assert self._weights is not None
+        prefix = PREFIX if "audio_encoder" in read_json(folder_of(self._weights) / "config.json") else ""
+        for name, value in tensors(self._weights, lambda name: name.startswith(prefix) and name.endswith(end)):
+            yield name.removeprefix(prefix), value
 
     def _windows(self, frames: int) -> list[tuple[int, int, int, int]]:
         """(first frame wanted, how many, first frame seen, end of what is seen) of each window."""

@@ -10,9 +10,8 @@ Upstream: fishaudio/fish-speech@58046ea (v1.5.1): models/vqgan/modules, utils/sp
 configs/firefly_gan_vq.yaml in fish_speech/; vector-quantize-pytorch 1.14.24.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -30,9 +29,14 @@ from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.model import BaseModelSpec
 from trainer.weights import load, local_path, random_weights, tensors
 
+from .base import hash_of_weights
+
 WINDOW, CONTEXT = 1024, 64
 """Frames decoded at a time, which bounds the memory, and frames before them that are decoded too: more than the
 decoder looks back (15), so that there are no seams."""
+
+GENERATOR = "generator."
+"""Before every key, in a training checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +157,8 @@ class FireflyCodec:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of what decides the codes: everything but the decoder's head."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
-            if not name.startswith("head."):
-                digest.update(name.encode() + value.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        state = self._state(_decides_codes) if self._url else self.network.state_dict().items()
+        return hash_of_weights({name: value for name, value in state if _decides_codes(name)})
 
     @cached_property
     def network(self) -> "Firefly":
@@ -168,10 +169,7 @@ class FireflyCodec:
         """
         if self._url is None:
             return random_weights(lambda: Firefly(self._config)).eval()
-        path = local_path(self._url, "model.codec.weights.firefly")
-        # A training checkpoint also holds the discriminators.
-        state = ((name.removeprefix("generator."), value) for name, value in tensors(path))
-        return load(lambda: Firefly(self._config), state, self._url, ("discriminators.",)).eval()
+        return load(lambda: Firefly(self._config), self._state(), self._url).eval()
 
     @torch.inference_mode()
     def encode(self, audio: Float[np.ndarray, "1 N"]) -> dict[str, np.ndarray]:
@@ -203,6 +201,17 @@ class FireflyCodec:
             sound, _ = self.network.decode(some, torch.tensor([some.shape[2]]))
             parts.append(sound[0, 0, (start - first) * self.hop :].numpy())
         return np.concatenate(parts)[None]
+
+    def _state(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+        """The generator's tensors; a training checkpoint also holds the discriminators."""
+        assert self._url is not None
+        path = local_path(self._url, "model.codec.weights.firefly")
+
+        def ours(name: str) -> bool:
+            return not name.startswith("discriminators.") and wanted(name.removeprefix(GENERATOR))
+
+        for name, value in tensors(path, ours):
+            yield name.removeprefix(GENERATOR), value
 
 
 class Firefly(nn.Module):
@@ -472,6 +481,10 @@ class CausalUp(nn.Module):
     def forward(self, states: Float[Tensor, "B C N"]) -> Float[Tensor, "B D M"]:
         """``M = stride · N``."""
         return self.conv(states)[..., : states.shape[-1] * self.stride]
+
+
+def _decides_codes(name: str) -> bool:
+    return not name.startswith("head.")
 
 
 def _within(lengths: Int[Tensor, " B"], size: int) -> Bool[Tensor, "B 1 size"]:

@@ -3,7 +3,6 @@
 Only decoding is public: what made the codes of the release (MuEncoder, WavLM, Whisper and a query compressor) is not.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -17,8 +16,9 @@ from torch import Tensor
 from trainer.shapes import Float, Int, Integer
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.model import BaseModelSpec
-from trainer.weights import load, local_path, random_weights, read_json, tensors
+from trainer.weights import folder_of, load, local_path, random_weights, read_json, tensors
 
+from .base import hash_of_codebooks
 from .heartcodec_network import HeartCodecConfig, HeartCodecNetwork
 
 FRAME_RATE = 12.5
@@ -83,22 +83,22 @@ class HeartCodec:
                 "model.codec.weights.heartcodec is not given",
                 "download HeartMuLa/HeartCodec-oss-20260123 and name its folder there",
             )
-        folder = local_path(url, "model.codec.weights.heartcodec")
-        told = read_json(folder / "config.json")
+        path = local_path(url, "model.codec.weights.heartcodec")
+        file = folder_of(path) / "config.json"
+        told = read_json(file)
         if told.get("model_type") != "heartcodec" or not told.get("causal", True):
             raise UtaforgeError(
-                f"{folder}/config.json describes {told.get('model_type')!r}, not a causal 'heartcodec'",
+                f"{file} describes {told.get('model_type')!r}, not a causal 'heartcodec'",
                 "name the folder of HeartMuLa/HeartCodec-oss-20260123",
             )
-        return cls(read_config(told), folder, url)
+        return cls(read_config(told), path, url)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the codebooks, by which codes are told apart."""
-        state = self.network.state_dict().items() if self._weights is None else tensors(self._weights)
-        books = {name: value for name, value in state if name.endswith("_codebook.embed")}
-        told = b"".join(books[name].float().numpy().tobytes() for name in sorted(books))
-        return hashlib.sha256(told).hexdigest()[:16]
+        state = tensors(self._weights, _is_codebook) if self._weights else self.network.state_dict().items()
+        books = {name: value for name, value in state if _is_codebook(name)}
+        return hash_of_codebooks(books, self.codebooks, self._url)
 
     @cached_property
     def network(self) -> HeartCodecNetwork:
@@ -214,6 +214,10 @@ def joined(
         else:
             sound = wave
     return sound[:, : int(frames / FRAME_RATE * rate)]
+
+
+def _is_codebook(name: str) -> bool:
+    return name.endswith("_codebook.embed")
 
 
 def _window(units: float) -> tuple[int, int]:

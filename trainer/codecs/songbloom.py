@@ -111,7 +111,7 @@ class SongBloomCodec:
         """Part ``vq``."""
         if self._weights is None:
             return torch.randn(TINY_PITCHES, TINY_FEATURES, generator=torch.Generator().manual_seed(NOISE_SEED))
-        found = [value for name, value in tensors(self._part("vq")) if name.endswith(CODEBOOK)]
+        found = [value for _, value in tensors(self._part("vq"), lambda name: name.endswith(CODEBOOK))]
         if len(found) != 1 or found[0].squeeze(0).ndim != 2:
             raise UtaforgeError(f"model.codec.weights.vq: {self._weights['vq']} has no {CODEBOOK}", WHERE["vq"])
         return found[0].squeeze(0).float()

@@ -74,6 +74,11 @@ class Family(ABC):
     segment_seconds: float
     """Longer songs are cut into segments of at most this length."""
 
+    @classmethod
+    @abstractmethod
+    def told_by(cls, url: str) -> dict[str, str] | None:
+        """What the release at ``url`` itself says of a job's ``model:`` section; None if it is another family's."""
+
     @abstractmethod
     def network(self) -> nn.Module:
         """The network with the weights of ``model.pretrained``, on the CPU in fp32, strictly loaded."""
@@ -99,6 +104,10 @@ class Family(ABC):
     @abstractmethod
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         """A micro-batch. Dropouts of conditions are drawn here, from each example's seed, and only if ``training``."""
+
+    @abstractmethod
+    def made_up(self, frames: int, draw: np.random.Generator) -> dict[str, np.ndarray]:
+        """Arrays of a shard row with random ids, latents and conditions, ``frames`` long (``families.made_up``)."""
 
     @abstractmethod
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:

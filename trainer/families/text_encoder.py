@@ -15,7 +15,7 @@ import torch
 
 from trainer.shapes import Float
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, read_json, tensors
+from trainer.weights import folder_of, load, read_json, tensors
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel, UMT5EncoderModel
@@ -67,14 +67,16 @@ class T5Text:
     """The encoder of a T5 or UMT5, frozen, fp32, on the CPU; loaded when first used.
 
     Args:
-        folder: its weights, configuration and tokenizer, or those of a release that it is a part of.
+        path: the folder of its weights, configuration and tokenizer, or its file in there; or those of a release that
+            it is a part of.
         kind: which of the two.
         width: the width that the network expects.
-        most: tokens of a text that are read.
+        most: tokens of a text that are read; all if not given.
     """
 
-    def __init__(self, folder: Path, kind: Literal["t5", "umt5"], width: int, most: int) -> None:
-        self.folder, self.kind, self.width, self.most = folder, kind, width, most
+    def __init__(self, path: Path, kind: Literal["t5", "umt5"], width: int, most: int | None = None) -> None:
+        self.path, self.kind, self.width, self.most = path, kind, width, most
+        self.folder = folder_of(path)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> list[Float[np.ndarray, "L text_width"]]:
@@ -99,8 +101,11 @@ class T5Text:
                 f"network expects a {self.kind}, {self.width} wide",
                 "set model.text_encoder to the one that the network was trained with",
             )
-        found = ((key.removeprefix(prefix), value) for key, value in tensors(self.folder) if key.startswith(prefix))
-        state = {key: value.float() for key, value in found if not key.startswith(DECODER)}
+
+        def wanted(name: str) -> bool:
+            return name.startswith(prefix) and not name.removeprefix(prefix).startswith(DECODER)
+
+        state = {name.removeprefix(prefix): value.float() for name, value in tensors(self.path, wanted)}
         state |= {name: state[other] for name, other in (TIED, TIED[::-1]) if other in state}
 
         def make() -> T5EncoderModel | UMT5EncoderModel:
@@ -109,7 +114,8 @@ class T5Text:
         return load(make, state.items(), str(self.folder)).eval().requires_grad_(False)
 
     def _encode(self, text: str) -> np.ndarray:
-        ids = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=self.most)["input_ids"]
+        cut = {"truncation": self.most is not None, "max_length": self.most}
+        ids = self._tokenizer(text, return_tensors="pt", **cut)["input_ids"]
         return self.model(input_ids=ids).last_hidden_state[0].numpy().astype(np.float16)
 
     @cached_property

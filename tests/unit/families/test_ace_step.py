@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.unit.families.conftest import examples, sampling, word_tokenizer
+from tests.unit.families.conftest import ace_step_release, examples, sampling
 from trainer.adapt import apply
 from trainer.audio.write import save
 from trainer.codecs import open_codec
@@ -20,7 +20,7 @@ from trainer.families.ace_step.lyrics import START, BpeLyrics, romanised
 from trainer.families.ace_step.network import AceStepNetwork, Config, Frames
 from trainer.families.ace_step.spec import SPEC, AceStep
 from trainer.families.ace_step.text import dimmed
-from trainer.families.ace_step.weights import FULL, WEIGHTS
+from trainer.families.ace_step.weights import FULL, PART, WEIGHTS
 from trainer.families.base import Arrays, Example
 from trainer.families.text_encoder import T5Text
 from trainer.spec.data import Prepare
@@ -396,19 +396,17 @@ def test_lyrics_that_the_vocabulary_cannot_write_are_refused(vocabulary):
         BpeLyrics(vocabulary.parent / "無い.json")("hello")
 
 
-def test_tags_are_read_by_umt5_and_dimly_for_guidance(tmp_path):
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-    config = UMT5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=32, num_layers=10, num_heads=4)
-    UMT5EncoderModel(config).save_pretrained(tmp_path)
-    words = word_tokenizer(["<pad>", "</s>", "童謡", "piano"], "<pad>")
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    text = T5Text(tmp_path, "umt5", 32, most=4)
+def test_tags_are_read_by_the_umt5_of_the_release_and_dimly_for_guidance(tmp_path):
+    top = ace_step_release(tmp_path / "公開")
+    texts = [make(f"file://{top}{inside}")._text for inside in ("", f"/{PART}", f"/{PART}/{WEIGHTS}")]
+    for text in texts:
+        assert isinstance(text, T5Text) and text.folder == top / "umt5-base"
+    text = T5Text(top / "umt5-base", "umt5", 32, most=4)
     clear, weak = (read(["童謡 piano", "piano " * 9]) for read in (text, partial(dimmed, text)))
     assert [hidden.shape for hidden in clear] == [(2, 32), (4, 32)]
     assert clear[0].dtype == np.float16
     assert np.abs(clear[0] - weak[0]).max() > 0
-    assert np.array_equal(text(["童謡 piano"])[0], clear[0])
+    assert np.array_equal(texts[0](["童謡 piano"])[0], clear[0])
 
 
 def test_a_release_without_its_text_parts_says_what_to_set(family, network, tmp_path):

@@ -13,7 +13,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.unit.families.conftest import examples, random_codes, sampling, word_tokenizer
+from tests.unit.families.conftest import examples, fish_speech_release, random_codes, sampling
 from trainer.audio.write import encode
 from trainer.families.base import Example
 from trainer.families.cross_entropy import NO_LABEL
@@ -23,8 +23,8 @@ from trainer.families.fish_speech.generate import Sampler
 from trainer.families.fish_speech.network import FishSpeechNetwork
 from trainer.families.fish_speech.objective import Reference, example, prompt
 from trainer.families.fish_speech.spec import SPEC, FishSpeech
-from trainer.families.fish_speech.text import Bytes, Json, Ranks, clean
-from trainer.families.fish_speech.weights import BYTES, open_release
+from trainer.families.fish_speech.text import Bytes, Ranks, clean
+from trainer.families.fish_speech.weights import open_release
 from trainer.spec.errors import DataError, UtaforgeError
 from trainer.spec.job import Prompt
 
@@ -256,7 +256,7 @@ def test_what_is_saved_is_a_release_again(version: str, tmp_path: Path) -> None:
     changed = torch.ones_like(network.output.weight)
     folder = tmp_path / "公開"
     room.save(network, folder, {"output.weight": changed})
-    _released(folder, version)
+    fish_speech_release(folder, version)
     back = family(version, f"file://{folder}").network()
     assert back.output.weight.equal(changed)
     assert back.norm.weight.equal(network.norm.weight) and back.semantic != network.semantic
@@ -268,13 +268,13 @@ def test_what_is_saved_is_a_release_again(version: str, tmp_path: Path) -> None:
 def test_a_wrong_release_is_told_before_anything_is_trained(tmp_path: Path) -> None:
     room = family("1.5")
     room.save(room.network(), tmp_path, {})
-    _released(tmp_path)
+    fish_speech_release(tmp_path)
     with pytest.raises(UtaforgeError, match=r"has no tokenizer.tiktoken"):
         family("1.5", f"file://{tmp_path}").network()
-    _released(tmp_path, "1.4")
+    fish_speech_release(tmp_path, "1.4")
     with pytest.raises(UtaforgeError, match=r"write model.version: '1.4'"):
         family("1.5", f"file://{tmp_path}").network()
-    _released(tmp_path, "1.5")
+    fish_speech_release(tmp_path, "1.5")
     state = torch.load(tmp_path / "model.pth", weights_only=True)
     del state["norm.weight"]
     torch.save({**state, "歌.weight": torch.zeros(1)}, tmp_path / "model.pth")
@@ -296,21 +296,6 @@ def test_adapters_go_to_upstreams_names_and_back(tmp_path: Path) -> None:
     back = from_upstream({**state, "model.norm.weight": torch.zeros(1)})
     assert back.keys() == saved.keys() and all(back[name].equal(saved[name]) for name in saved)
     assert not set_peft_model_state_dict(adapted, back).unexpected_keys
-
-
-def _released(folder: Path, version: str = "") -> None:
-    """Make a release of saved random weights, with the tokenizer of ``version``."""
-    told = json.loads((folder / "config.json").read_text())
-    told.pop(BYTES, None)
-    (folder / "config.json").write_text(json.dumps(told))
-    if version == "1.5":
-        lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
-        (folder / "tokenizer.tiktoken").write_text("\n".join(lines))
-    if version == "1.4":
-        tokenizer = word_tokenizer(["歌", "<unk>"], "<unk>")
-        tokenizer.add_special_tokens(["<|im_end|>", "<|semantic|>"])
-        tokenizer.save(str(folder / "tokenizer.json"))
-        assert Json(folder / "tokenizer.json")("歌<|im_end|>") == [0, 2]
 
 
 def _adapted() -> PeftModel:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer.codecs import dcae
+from trainer.families import made_up
 from trainer.families.ace_step.spec import AceStep
 from trainer.families.base import Arrays, Batch, Example, Family, unwrapped
 from trainer.families.padding import padded
 from trainer.families.text_encoder import TextEncoder
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
+from trainer.weights import configuration
 
 from .adapter import export_adapter
 from .generate import Sampler, generate
@@ -31,7 +33,7 @@ from .objective import (
     training_sigmas,
 )
 from .text import dimmed, open_text_encoder
-from .weights import Release, load_network, open_release, save_network
+from .weights import PART, Release, load_network, open_release, save_network
 
 TEXT_DROPOUT, LYRIC_DROPOUT = 0.15, 0.15
 """How often a song's tags and its lyrics are dropped in training (upstream's ``text2music_dataset.py``)."""
@@ -63,6 +65,12 @@ class AceStepFamily(Family):
         """Channels and bins of the autoencoder."""
         config = self.release.config
         return config.in_channels, config.patch_size[0]
+
+    @classmethod
+    def told_by(cls, url: str) -> dict[str, str] | None:
+        """Nothing but the family, known by a key that its transformer alone has."""
+        told = {**configuration(url), **configuration(f"{url}/{PART}")}
+        return {} if "lyric_encoder_vocab_size" in told else None
 
     def network(self) -> AceStepNetwork:
         """The network with the weights of ``model.pretrained``; what the objective never uses is frozen."""
@@ -112,6 +120,18 @@ class AceStepFamily(Family):
         counts = {"mse": float(frames * latents[0, ..., 0].numel())}
         counts |= {f"ssl/{name}": float(tensors[f"{name}_mask"].sum()) for name in self.ssl}
         return Batch(tensors, counts, frames)
+
+    def made_up(self, frames: int, draw: np.random.Generator) -> dict[str, np.ndarray]:
+        """``latents``, ``text_hidden``, ``lyric_ids``, and the SSL features that are asked for."""
+        config = self.release.config
+        seconds = frames / self.frame_rate
+        features = zip(self.ssl, config.ssl_latent_dims if self.ssl else (), strict=True)
+        return {
+            "latents": made_up.latents(draw, *dcae.SHAPE, frames),
+            "text_hidden": made_up.latents(draw, made_up.WORDS, config.text_embedding_dim),
+            "lyric_ids": made_up.ids(draw, config.lyric_encoder_vocab_size),
+            **{name: made_up.latents(draw, round(seconds * SSL[name]), width) for name, width in features},
+        }
 
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Squared error of the latents (``mse``) and ``1 - cosine`` of the SSL features (``ssl/…``)."""

@@ -10,7 +10,7 @@ import numpy as np
 from trainer.families.text_encoder import HashedText, T5Text, TextEncoder
 from trainer.shapes import Float
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import local_path
+from trainer.weights import find, local_path
 
 from .generate import Sampler, weakened
 from .weights import PART, Release
@@ -32,14 +32,14 @@ def open_text_encoder(release: Release, override: str | None) -> TextEncoder:
         return T5Text(local_path(override, "model.text_encoder"), "umt5", width, MAX_TOKENS)
     if release.weights is None or release.hashed:
         return HashedText(width)
-    folder = release.weights.parent
-    beside = (folder.parent if folder.name == PART else folder) / PART_OF_TEXT
-    if not beside.is_dir():
+    top = release.url.rstrip("/").removesuffix(f"/{release.weights.name}").removesuffix(f"/{PART}")
+    encoder = find(f"{top}/{PART_OF_TEXT}")
+    if encoder is None:
         raise UtaforgeError(
             f"{release.url} has no folder {PART_OF_TEXT}, and model.text_encoder is not given",
             f"set model.text_encoder to the release's folder {PART_OF_TEXT}",
         )
-    return T5Text(beside, "umt5", width, MAX_TOKENS)
+    return T5Text(encoder, "umt5", width, MAX_TOKENS)
 
 
 def dimmed(text: TextEncoder, tags: Sequence[str]) -> list[Float[np.ndarray, "L text_width"]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
+from trainer.weights import find, load, local_path, random_weights, read_json, save, tensors, write_json
 
 from .network import AceStepNetwork, Config
 
@@ -91,9 +91,7 @@ def open_release(url: str) -> Release:
     scheme, _, rest = url.partition(":")
     if scheme == "random":
         return Release(url, None, RANDOM[rest])
-    path = local_path(url, "model.pretrained")
-    if (path / PART).is_dir():
-        path = path / PART
+    path = find(f"{url}/{PART}") or local_path(url, "model.pretrained")
     file = path if path.is_file() else path / WEIGHTS
     return Release(url, file, read_json(file.parent / "config.json"))
 

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.families import made_up
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.cross_entropy import NO_LABEL
 from trainer.families.fish_speech.spec import SPEC, FishSpeech
 from trainer.families.sampling import draw_table
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
-from trainer.weights import local_path
+from trainer.weights import beside, configuration, local_path
 
 from .adapter import export_adapter
 from .generate import Sampler, generate
 from .network import FishSpeechNetwork
 from .objective import Reference, example, prompt
 from .text import Tokenizer
-from .weights import Release, load_network, open_release, save_network
+from .weights import TOKENIZERS, Release, load_network, open_release, save_network
 
 if TYPE_CHECKING:
     from trainer.codecs.firefly import FireflyCodec
@@ -50,6 +51,14 @@ class FishSpeechFamily(Autoregressive):
     def codebooks(self) -> int:
         """Of the network's configuration."""
         return self.release.config.codebooks
+
+    @classmethod
+    def told_by(cls, url: str) -> dict[str, str] | None:
+        """The version, known by the tokenizer's file."""
+        if configuration(url).get("model_type") != "dual_ar":
+            return None
+        versions = [version for version, name in TOKENIZERS.items() if beside(url, name)]
+        return {"version": versions[-1]} if versions else {}
 
     def network(self) -> FishSpeechNetwork:
         """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
@@ -93,6 +102,10 @@ class FishSpeechFamily(Autoregressive):
         }
         frames = sum(song.arrays["codes"].shape[-1] for song in examples)
         return Batch({"inputs": inputs, "labels": labels}, counts, frames)
+
+    def made_up(self, frames: int, draw: np.random.Generator) -> dict[str, np.ndarray]:
+        """``codes``."""
+        return {"codes": made_up.codes(self, frames, draw)}
 
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Summed cross entropies, see ``objective.loss_sums``."""

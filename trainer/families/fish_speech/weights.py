@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.families.fish_speech.spec import FishSpeech
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
+from trainer.weights import folder_of, load, local_path, random_weights, read_json, save, tensors, write_json
 
 from .network import Config, FishSpeechNetwork
 from .text import Bytes, Json, Ranks, Tokenizer
@@ -82,7 +82,7 @@ class Release:
     @property
     def folder(self) -> Path | None:
         """Where the files beside the weights are."""
-        return self.path.parent if self.path and self.path.is_file() else self.path
+        return folder_of(self.path) if self.path else None
 
     def tokenizer(self) -> Tokenizer:
         """The release's tokenizer; a stand-in for networks made up here.
@@ -118,8 +118,7 @@ def open_release(model: FishSpeech) -> Release:
     if scheme == "random":
         return Release(model.pretrained, model.version, None, RANDOM[size, model.version])
     path = local_path(model.pretrained, "model.pretrained")
-    folder = path.parent if path.is_file() else path
-    return Release(model.pretrained, model.version, path, read_json(folder / "config.json"))
+    return Release(model.pretrained, model.version, path, read_json(folder_of(path) / "config.json"))
 
 
 def load_network(release: Release, semantic: range) -> FishSpeechNetwork:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.families import made_up
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.heartmula.spec import HeartMuLa
 from trainer.shapes import Bool, Int
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
+from trainer.weights import configuration
 
 from .objective import contexts, song_rows
 from .text import Tokenize, open_tokenizer, prompt_rows
@@ -46,6 +48,11 @@ class HeartMuLaFamily(Autoregressive):
     def vocabulary(self) -> int:
         """Of the codec: the network's ids from the one before ``audio_eos_id`` on are no codes."""
         return self.config.audio_eos_id - 1
+
+    @classmethod
+    def told_by(cls, url: str) -> dict[str, str] | None:
+        """Nothing but the family, known by ``model_type``."""
+        return {} if configuration(url).get("model_type") == "heartmula" else None
 
     def network(self) -> "HeartMuLaNetwork":
         """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
@@ -93,6 +100,10 @@ class HeartMuLaFamily(Autoregressive):
         }
         counts = {"ce0": float(mask[..., 0].sum()), "ce_k": float(depth.sum() * (self.codebooks - 1))}
         return Batch(tensors, counts, sum(example.arrays["codes"].shape[1] for example in examples))
+
+    def made_up(self, frames: int, draw: np.random.Generator) -> dict[str, np.ndarray]:
+        """``codes``."""
+        return {"codes": made_up.codes(self, frames, draw)}
 
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy summed over the frames (``ce0``), and over depth frames and the other codebooks (``ce_k``)."""

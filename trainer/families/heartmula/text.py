@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.shapes import Int
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import local_path
+from trainer.weights import folder_of, local_path
 
 from .weights import Release
 
@@ -28,12 +28,12 @@ def open_tokenizer(release: Release, override: str | None) -> Tokenize:
     """
     if override is not None:
         return _tokenizer(local_path(override, "model.tokenizer"))
-    if release.folder is None or release.told.get("backbone_flavor") == "tiny":
+    if release.path is None or release.told.get("backbone_flavor") == "tiny":
         return utf8
     file = release.file("tokenizer.json")
     if file is None:
         raise UtaforgeError(
-            f"neither {release.folder} nor the folder above it has tokenizer.json",
+            f"neither {folder_of(release.path)} nor the folder above it has tokenizer.json",
             "copy it from HeartMuLa/HeartMuLaGen, or name it in model.tokenizer",
         )
     return _tokenizer(file)

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
+from trainer.weights import (
+    find,
+    folder_of,
+    load,
+    local_path,
+    parent,
+    random_weights,
+    read_json,
+    save,
+    tensors,
+    write_json,
+)
 
 from .llama import LlamaConfig
 
@@ -44,12 +55,12 @@ class Release:
 
     Attributes:
         url: ``model.pretrained``.
-        folder: files on this machine; none for random weights.
+        path: the release's folder on this machine, or the file of its weights; none for random ones.
         told: ``config.json`` and the ids of ``gen_config.json``.
     """
 
     url: str
-    folder: Path | None
+    path: Path | None
     told: Mapping[str, Any]
 
     @property
@@ -62,9 +73,15 @@ class Release:
         return HeartMuLaConfig(**stacks, **{name: self.told[name] for name in known & self.told.keys()})
 
     def file(self, name: str) -> Path | None:
-        """A file beside the weights or in the folder above them, if it is there."""
-        folders = (self.folder, self.folder.parent) if self.folder else ()
-        return next((folder / name for folder in folders if (folder / name).exists()), None)
+        """A file beside the weights or in the folder above them, if it is there; of random weights, none."""
+        if self.path is None:
+            return None
+        beside = folder_of(self.path) / name
+        folder = parent(self.url) if self.path.is_file() else self.url
+        above = parent(folder) if folder else None
+        if beside.exists():
+            return beside
+        return find(f"{above}/{name}") if above else None
 
 
 def open_release(url: str) -> Release:
@@ -76,17 +93,18 @@ def open_release(url: str) -> Release:
     scheme, _, rest = url.partition(":")
     if scheme == "random":
         return Release(url, None, RANDOM[rest])
-    folder = local_path(url, "model.pretrained")
-    told = read_json(folder / "config.json")
+    path = local_path(url, "model.pretrained")
+    file = folder_of(path) / "config.json"
+    told = read_json(file)
     flavors = told.get("backbone_flavor"), told.get("decoder_flavor")
     if told.get("model_type") != "heartmula" or not FLAVORS.keys() >= set(flavors):
         raise UtaforgeError(
-            f"{folder}/config.json describes {told.get('model_type')!r} of flavors {flavors}, not a HeartMuLa of "
+            f"{file} describes {told.get('model_type')!r} of flavors {flavors}, not a HeartMuLa of "
             f"{', '.join(FLAVORS)}",
             "name the folder of HeartMuLa/HeartMuLa-oss-3B-happy-new-year",
         )
-    ids = Release(url, folder, told).file("gen_config.json")
-    return Release(url, folder, {**told, **(read_json(ids) if ids else {})})
+    ids = Release(url, path, told).file("gen_config.json")
+    return Release(url, path, {**told, **(read_json(ids) if ids else {})})
 
 
 def load_network(release: Release) -> "HeartMuLaNetwork":
@@ -100,9 +118,9 @@ def load_network(release: Release) -> "HeartMuLaNetwork":
     def make() -> HeartMuLaNetwork:
         return HeartMuLaNetwork(release.config)
 
-    if release.folder is None:
+    if release.path is None:
         return random_weights(make)
-    return load(make, tensors(release.folder), release.url)
+    return load(make, tensors(release.path), release.url)
 
 
 def save_network(release: Release, network: "HeartMuLaNetwork", folder: Path, values: Mapping[str, Tensor]) -> None:

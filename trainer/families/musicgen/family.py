@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.families import made_up
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.cross_entropy import NO_LABEL
 from trainer.families.musicgen.spec import MusicGen
@@ -20,6 +21,7 @@ from trainer.families.padding import padded
 from trainer.families.text_encoder import TextEncoder
 from trainer.spec.errors import DataError
 from trainer.spec.job import Prompt, Sampling
+from trainer.weights import configuration
 
 from .objective import delay
 from .text import open_text_encoder
@@ -61,6 +63,12 @@ class MusicGenFamily(Autoregressive):
         """Of the network's configuration."""
         return self._config.vocab_size
 
+    @classmethod
+    def told_by(cls, url: str) -> dict[str, str] | None:
+        """Nothing but the family, known by ``model_type``."""
+        own = url == "builtin:pocket" or configuration(url).get("model_type") == "musicgen"
+        return {} if own else None
+
     def network(self) -> "MusicGenNetwork":
         """The network with the weights of ``model.pretrained``, on the CPU in fp32."""
         return load_network(self.release, self.model.dropout)
@@ -92,6 +100,11 @@ class MusicGenFamily(Autoregressive):
         tensors = {"codes": codes, "length": inside.sum(1), "text_hidden": hidden, "text_mask": mask}
         counts = {term: float(frames * self.codebooks if term == "ce" else frames) for term in self.terms}
         return Batch(tensors, counts, frames)
+
+    def made_up(self, frames: int, draw: np.random.Generator) -> dict[str, np.ndarray]:
+        """``codes`` and ``text_hidden``."""
+        hidden = made_up.latents(draw, made_up.WORDS, self.release.text_width)
+        return {"codes": made_up.codes(self, frames, draw), "text_hidden": hidden}
 
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy summed over all codebooks (``ce``) and over each (``ce/k``)."""

@@ -5,13 +5,14 @@ from trainer.weights import local_path
 
 from .weights import Release
 
-MAX_TOKENS = 512
-
 
 def open_text_encoder(release: Release, override: str | None) -> TextEncoder:
-    """The encoder of ``release``, or the T5 at URL ``override``; weights are loaded when first used."""
+    """The encoder of ``release``, or the T5 at URL ``override``; weights are loaded when first used.
+
+    Like upstream, it reads descriptions of any length (``T5Conditioner`` of audiocraft does not cut them).
+    """
     if override is not None:
-        return T5Text(local_path(override, "model.text_encoder"), "t5", release.text_width, MAX_TOKENS)
-    if release.folder is None or release.config["text_encoder"].get("model_type") == "hashed":
+        return T5Text(local_path(override, "model.text_encoder"), "t5", release.text_width)
+    if release.path is None or release.config["text_encoder"].get("model_type") == "hashed":
         return HashedText(release.text_width)
-    return T5Text(release.folder, "t5", release.text_width, MAX_TOKENS)
+    return T5Text(release.path, "t5", release.text_width)

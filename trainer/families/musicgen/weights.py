@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, local_path, random_weights, read_json, save, tensors, write_json
+from trainer.weights import folder_of, load, local_path, random_weights, read_json, save, tensors, write_json
 
 if TYPE_CHECKING:
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
@@ -40,12 +40,12 @@ class Release:
 
     Attributes:
         url: ``model.pretrained``.
-        folder: files on this machine; none for random weights.
+        path: the release's folder on this machine, or the file of its weights; none for random ones.
         config: the official ``config.json``: ``decoder`` and ``text_encoder`` are read here.
     """
 
     url: str
-    folder: Path | None
+    path: Path | None
     config: dict[str, Any]
 
     @property
@@ -73,8 +73,8 @@ def open_release(url: str) -> Release:
     if scheme == "random":
         text = {"model_type": "hashed", "d_model": RANDOM_TEXT_WIDTH[rest]}
         return Release(url, None, {"decoder": RANDOM[rest], "text_encoder": text})
-    folder = BUILTIN / rest if scheme == "builtin" else local_path(url, "model.pretrained")
-    return Release(url, folder, _read_config(folder, url))
+    path = BUILTIN / rest if scheme == "builtin" else local_path(url, "model.pretrained")
+    return Release(url, path, _read_config(folder_of(path), url))
 
 
 def load_network(release: Release, dropout: float) -> "MusicGenNetwork":
@@ -90,9 +90,9 @@ def load_network(release: Release, dropout: float) -> "MusicGenNetwork":
     def make() -> MusicGenNetwork:
         return MusicGenNetwork(config, release.text_width)
 
-    if release.folder is None:
+    if release.path is None:
         return random_weights(make)
-    return load(make, tensors(release.folder), release.url, ELSEWHERE)
+    return load(make, tensors(release.path), release.url, ELSEWHERE)
 
 
 def save_network(
@@ -105,9 +105,9 @@ def save_network(
     """See ``Family.save``: a release that ``open_release`` reads back, with T5, EnCodec and tokenizer, in ``dtype``."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {**network.state_dict(), **values}
-    if release.folder is not None:
-        state |= {name: tensor for name, tensor in tensors(release.folder) if name.startswith(ELSEWHERE)}
-        for file in release.folder.iterdir():
+    if release.path is not None:
+        state |= dict(tensors(release.path, lambda name: name.startswith(ELSEWHERE)))
+        for file in folder_of(release.path).iterdir():
             if file.suffix in (".json", ".model", ".txt") and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", {"model_type": "musicgen", **release.config})

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.families import made_up
 from trainer.families.base import Arrays, Autoregressive, Batch, Example, Predictions, unwrapped
 from trainer.families.songbloom.spec import SongBloom
 from trainer.spec.errors import DataError, UtaforgeError
@@ -21,7 +22,7 @@ from trainer.weights import local_path
 
 from .objective import draw
 from .text import Vocabulary, lyric_batch, lyric_ids
-from .weights import Release, load_network, open_release, save_network
+from .weights import Release, is_release, load_network, open_release, save_network
 
 if TYPE_CHECKING:
     from trainer.codecs.songbloom import SongBloomCodec
@@ -54,6 +55,11 @@ class SongBloomFamily(Autoregressive):
     def latent_shape(self) -> tuple[int, ...]:
         """Channels of the VAE."""
         return (self.release.config.latent_dim,)
+
+    @classmethod
+    def told_by(cls, url: str) -> dict[str, str] | None:
+        """Nothing but the family, known by the YAML beside its weights."""
+        return {} if is_release(url) else None
 
     def network(self) -> "networks.SongBloom":
         """The network with the weights of ``model.pretrained``, on the CPU in fp32.
@@ -123,6 +129,16 @@ class SongBloomFamily(Autoregressive):
             "mse": float(frames * config.latent_dim),
         }
         return Batch(tensors, counts, frames)
+
+    def made_up(self, frames: int, draw: np.random.Generator) -> dict[str, np.ndarray]:
+        """``sketch``, ``latents``, ``style`` and ``lyric_ids``."""
+        config = self.release.config
+        return {
+            "sketch": made_up.codes(self, frames, draw)[0],
+            "latents": made_up.latents(draw, config.latent_dim, frames),
+            "style": made_up.latents(draw, config.latent_dim, config.prompt_length),
+            "lyric_ids": made_up.ids(draw, len(config.tokens)),
+        }
 
     def sums(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy of sketch ids and the end (``ce``), squared error of the flow (``mse``)."""

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from trainer.spec.errors import UtaforgeError
-from trainer.weights import load, local_path, random_weights, save, tensors
+from trainer.weights import beside, find, load, local_path, random_weights, save, tensors
 
 from .config import SongBloomConfig, from_upstream, to_upstream
 
@@ -88,10 +88,18 @@ def open_release(url: str) -> Release:
         return _only_release(url, local_path(url, "model.pretrained"))
     folder, _, name = url.rpartition("/")
 
-    def beside(name: str) -> Path:
+    def file(name: str) -> Path:
         return local_path(f"{folder}/{name}", "model.pretrained")
 
-    return Release(url, beside(name), _read_config(beside(f"{Path(name).stem}.yaml"), beside))
+    return Release(url, file(name), _read_config(file(f"{Path(name).stem}.yaml"), file))
+
+
+def is_release(url: str) -> bool:
+    """Whether there is a SongBloom at ``url``, by the names of its files."""
+    if url.endswith(SUFFIXES):
+        return beside(url, f"{Path(url).stem}.yaml") is not None
+    folder = find(url) if "://" in url else None
+    return bool(folder and _releases(folder))
 
 
 def load_network(release: Release) -> "SongBloom":
@@ -115,14 +123,18 @@ def save_network(release: Release, network: "SongBloom", folder: Path, values: M
     folder.mkdir(parents=True, exist_ok=True)
     state = {f"{PREFIX}{name}": value for name, value in {**network.state_dict(), **values}.items()}
     if release.file is not None:
-        state |= {name: value for name, value in tensors(release.file) if name.startswith(VAE_PREFIX)}
+        state |= dict(tensors(release.file, lambda name: name.startswith(VAE_PREFIX)))
     save(state, folder / f"{NAME}.pt")
     told = {"max_dur": release.config.max_seconds, "model": to_upstream(release.config)}
     (folder / f"{NAME}.yaml").write_text(yaml.safe_dump(told, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
+def _releases(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES and file.with_suffix(".yaml").exists())
+
+
 def _only_release(url: str, folder: Path) -> Release:
-    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.with_suffix(".yaml").exists())
+    found = _releases(folder)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise UtaforgeError(f"model.pretrained: {url} holds {len(found)} releases ({names})", CURE)
@@ -153,8 +165,8 @@ def _read_vocabulary(file: Path) -> list[str]:
 def _read_yaml(file: Path, loader: Any) -> Any:
     try:
         return yaml.load(file.read_text(encoding="utf-8"), loader)  # noqa: S506  (safe and base loaders alone)
-    except FileNotFoundError:
-        raise UtaforgeError(f"model.pretrained: there is no {file}", CURE) from None
+    except OSError as error:
+        raise UtaforgeError(f"model.pretrained: {file} cannot be read: {error.strerror}", CURE) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UtaforgeError(f"{file} is not YAML: {error}", "copy it again") from error
 
