@@ -148,8 +148,12 @@ class Place:
         found = self.team.namespace.get("pods", "-l", f"utaforge/run={run},ray.io/node-type={node_type}")["items"]
         return [pod["metadata"]["name"] for pod in found if not pod["metadata"].get("deletionTimestamp")]
 
+    def give_notice(self, pod: str) -> None:
+        """As a node does that is taken back: whoever is on it has as long as the pod says."""
+        self.team.namespace.kubectl("delete", "pod", pod, "--wait=false")
+
     def take_away(self, pod: str) -> None:
-        """As a node does that goes without notice: whoever is given 100 seconds may be done before they are over."""
+        """As a node does that goes without notice."""
         self.team.namespace.kubectl("delete", "pod", pod, "--grace-period=1", "--wait=false")
 
     def elsewhere(self, kubeconfig: Path | str, folder: Path) -> Utaforge:

@@ -7,20 +7,20 @@ from tests.kubernetes.images import ROOT
 from tests.kubernetes.place import MOST_SECONDS, Place, as_options, changed_checkout
 
 JOB = ROOT / "jobs" / "songbloom_ja.yaml"
-NAME, STEPS = "songbloom-ja", 30
+NAME, STEPS = "songbloom-ja", 90
 ROOMY = "cores: 0.05\nram_gib: 4\ndisk_gib: 4\n"
 """The head turns songs into sketches and latents, with networks of 2 GB."""
 
 
 SUNG = {
-    "driver.py": ("starting the ranks again from step", "春の海: the ranks start again from step"),
+    "driver/attempt.py": ("a machine is being taken away: ", "春の海: a machine is being taken away: "),
     "worker.py": ("going on from step", "花の雨: going on from step"),
 }
 """Module of the trainer → what it says, and what it says in this job's checkout alone."""
 
 
 def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
-    """Submit it, leave at its first step, and take a worker away; what was said before Ctrl-C, and after it.
+    """Submit it, leave at its first step, and take a worker away with notice; what was said before Ctrl-C, and after.
 
     Its image comes from a registry that wants a login where there is one, its trainer from a checkout that was changed.
     """
@@ -54,7 +54,7 @@ def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
     left = started.interrupt()
     followed = place.follow(NAME)
     followed.until(lambda: place.committed(NAME))
-    place.take_away(place.pods(NAME, "worker")[0])
+    place.give_notice(place.pods(NAME, "worker")[0])
     return left, followed.end(MOST_SECONDS)
 
 

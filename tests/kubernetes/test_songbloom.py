@@ -1,5 +1,6 @@
 """``jobs/songbloom_ja.yaml`` on a real cluster: as it is for the API server's eyes, and with tiny weights for real."""
 
+import re
 from concurrent.futures import Future
 
 import pytest
@@ -22,7 +23,7 @@ def test_the_api_server_accepts_what_a_dry_run_prints(place: Place) -> None:
     assert all(answer.endswith("serverside-applied (server dry run)") for answer in answers)
 
 
-def test_with_tiny_weights_it_trains_without_a_laptop_and_survives_a_reclaimed_worker(
+def test_with_tiny_weights_it_trains_without_a_laptop_and_loses_no_step_with_a_reclaimed_worker(
     place: Place, songbloom: Future[tuple[Said, Said]]
 ) -> None:
     left, followed = songbloom.result()
@@ -30,6 +31,9 @@ def test_with_tiny_weights_it_trains_without_a_laptop_and_survives_a_reclaimed_w
     assert f"run {NAME} goes on without you" in left.text
     for _, said_by_its_checkout in SUNG.values():
         assert said_by_its_checkout in followed.text
+    noticed = re.search(r"taken away: stopped at step (\d+) with a checkpoint", followed.text)
+    assert noticed
+    assert f"going on from step {noticed[1]}\n" in followed.text
     assert f"run {NAME} is finished" in followed.text
     assert place.run(NAME).result is not None
     assert any(entry.path.startswith(f"audio/step-{STEPS:08d}/") for entry in place.run(NAME).store.list("audio"))

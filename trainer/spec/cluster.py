@@ -139,7 +139,7 @@ Cluster = Annotated[Local | Kubernetes | Cloud | Existing, Field(discriminator="
 
 
 class Budget(Spec):
-    """The most that a run may take: a plan that needs more is refused, and on Kubernetes the RayJob ends then."""
+    """The most that a run may take: a plan that needs more is refused, and the run ends once its hours are over."""
 
     hours: PositiveFloat | None = None
     usd: PositiveFloat | None = None
