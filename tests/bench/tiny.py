@@ -1,7 +1,7 @@
 """One forward and backward pass of every family's ``random:tiny``, all weights trained.
 
-One core computes, and its seconds are those that it computes: what the figure says holds for a busy machine too, and
-two cores have no more to do. The result file has the clock's seconds as well.
+One core computes, and the seconds are those that it does: so the figure holds on a busy machine too, and two cores have
+no more to do. The result file has the clock's seconds as well.
 """
 
 import time
