@@ -62,7 +62,7 @@ test: $(READY) ## all tests but those on Kubernetes
 	@$(PYTEST) -m ray tests/cluster
 
 test-kubernetes: $(READY) ## tests on a real Kubernetes (as root on Debian), or on that of KUBECONFIG
-	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 --durations=15
+	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 -o timeout_func_only=true --durations=15
 
 cluster-up: $(READY) ## bring up that Kubernetes; the tests do it too
 	@$(BIN)/python -m tests.kubernetes.cluster up
