@@ -230,10 +230,10 @@ def traces(layout: Layout) -> dict[str, Any]:
 
 JOB = """\
 name: sakura
-store: file://{folder}/store
+store: s3://uta/store
 model: {{family: musicgen, pretrained: "random:tiny"}}
 method: {{type: lora}}
-data: {{train: [{{dataset: file://{folder}/歌}}]}}
+data: {{train: [{{dataset: s3://uta/歌}}]}}
 train: {{steps: 1, batch: {{seconds: 60}}}}
 cluster: {{backend: kubernetes, profile: cpu, workers: 1, namespace: default, image: "{image}"}}
 """
@@ -243,10 +243,11 @@ def check_without_kuberay(layout: Layout, folder: Path) -> None:
     """What ``submit`` says where KubeRay is too old for a field, is not there at all, or nobody knows who asks."""
     cluster = Cluster(os.environ | environment(layout), own=True)
     path = folder / "job.yaml"
-    path.write_text(JOB.format(folder=folder, image=cluster.image), encoding="utf-8")
+    path.write_text(JOB.format(image=cluster.image), encoding="utf-8")
 
     def submit(kubeconfig: str = cluster.kubeconfig) -> str:
-        said = Utaforge(Path(tempfile.mkdtemp(dir=folder)), {"KUBECONFIG": kubeconfig})("submit", str(path), "--yes")
+        laptop = Utaforge(Path(tempfile.mkdtemp(dir=folder)), {**environment(layout), "KUBECONFIG": kubeconfig})
+        said = laptop("submit", str(path), "--yes")
         assert said.code == 5, said.text
         return said.text
 
