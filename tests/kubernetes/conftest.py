@@ -13,7 +13,7 @@ from tests.kubernetes.cluster.access import RAY_CRD, Cluster
 from tests.kubernetes.cluster.control import environment, up
 from tests.kubernetes.cluster.install import obstacles
 from tests.kubernetes.cluster.layout import Layout
-from tests.kubernetes.images import TAG, Images
+from tests.kubernetes.images import Images
 from tests.kubernetes.place import Place, a_place
 from tests.kubernetes.schedule import Schedule, a_schedule
 from tests.kubernetes.songbloom import left_and_reclaimed
@@ -21,22 +21,25 @@ from tests.kubernetes.team import Team, a_team
 
 BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom"}
 """Modules whose tests ask what has come of a fixture that works beside other tests."""
-ORDER = ["test_mlflow", "test_placement", "test_images", "test_services", "test_manifests", "test_cluster", "test_why",
+ORDER = ["test_mlflow", "test_placement", "test_services", "test_manifests", "test_cluster", "test_images", "test_why",
          "test_submit", *BESIDE, "test_story"]  # fmt: skip
-FIRST_BESIDE = "test_images"
+FIRST_BESIDE = "test_services"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Pods go to simulated nodes while there are such, and nothing but the story stands it that programs are killed.
 
-    Between the two, what takes long and waits for most of that time goes on beside everything else.
+    Between the two, what takes long and waits for most of that time goes on beside everything else. Images are built
+    beside the tests that do without.
     """
     items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
-    stems = [item.path.stem for item in items]
+    functions = [item for item in items if isinstance(item, pytest.Function)]
+    if any("building" in item.fixturenames for item in functions):
+        functions[0].fixturenames.append("building")
+    stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
-        first = items[stems.index(FIRST_BESIDE)]
-        assert isinstance(first, pytest.Function)
-        first.fixturenames += [fixture for module, fixture in BESIDE.items() if module in stems]
+        beside = [fixture for module, fixture in BESIDE.items() if module in stems]
+        functions[stems.index(FIRST_BESIDE)].fixturenames.extend(beside)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -82,11 +85,16 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def images(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Images:
-    """The product's, of the last commit."""
-    built = Images(cluster, tmp_path_factory.mktemp("images") / "utaforge")
-    built.build(TAG)
-    return built
+def building(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Images:
+    """The product's images, of the last commit: known by their names, and built beside what goes on."""
+    return Images(cluster, tmp_path_factory.mktemp("images") / "utaforge")
+
+
+@pytest.fixture(scope="session")
+def images(building: Images) -> Images:
+    """Once they are built and pushed."""
+    building.wait()
+    return building
 
 
 @pytest.fixture(scope="session")
@@ -96,21 +104,21 @@ def team(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="session")
-def place(team: Team, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Where the team's runs are submitted to."""
-    with a_place(team, images.name("trainer"), tmp_path_factory.mktemp("uta")) as made:
+def place(team: Team, building: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Where the team's runs are submitted to; pods can come up with ``images`` only."""
+    with a_place(team, building.name("trainer"), tmp_path_factory.mktemp("uta")) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-def retraining(place: Place, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Schedule]]:
+def retraining(place: Place, building: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Schedule]]:
     """What a CronJob does, once it has done all."""
-    with a_schedule(place, images.name("launcher"), tmp_path_factory.mktemp("毎週")) as told:
+    with a_schedule(place, building, tmp_path_factory.mktemp("毎週")) as told:
         yield told
 
 
 @pytest.fixture(scope="session")
-def songbloom(place: Place) -> Iterator[Future[tuple[Said, Said]]]:
+def songbloom(place: Place, building: Images) -> Iterator[Future[tuple[Said, Said]]]:
     """What ``left_and_reclaimed`` gives."""
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(left_and_reclaimed, place)
+        yield pool.submit(left_and_reclaimed, place, building)

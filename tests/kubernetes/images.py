@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ CONFINED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-
 
 
 class Images:
-    """``make image`` in a clone of the last commit, and the engine that holds what it builds."""
+    """``make image`` in a clone of the last commit, begun at once, and the engine that holds what it builds."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.folder = folder
@@ -23,6 +24,11 @@ class Images:
         self.environment = dict(cluster.environment)
         self.run("git", "clone", "--quiet", ROOT, folder)
         self.commit = self.run("git", "-C", folder, "rev-parse", "HEAD").strip()
+        self._building = ThreadPoolExecutor(1).submit(self.build, TAG)
+
+    def wait(self) -> None:
+        """Until both are built and pushed; fails as ``build`` does."""
+        self._building.result()
 
     def build(self, tag: str) -> None:
         """Build and push both."""

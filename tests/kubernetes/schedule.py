@@ -11,6 +11,7 @@ from typing import Any
 from launcher.runs import Run
 from tests.cluster.conftest import Utaforge
 from tests.kubernetes.cluster.access import eventually
+from tests.kubernetes.images import Images
 from tests.kubernetes.overlay import Namespace
 from tests.kubernetes.place import SMALL, Place
 from trainer.data.prepare import prepare
@@ -59,7 +60,7 @@ class Schedule:
     Args:
         place: where it is.
         utaforge: the command, in a folder of its own.
-        launcher_image: what its pods run.
+        images: what its pods run.
 
     Attributes:
         champions: the run that was the champion at the end of each chapter.
@@ -68,7 +69,7 @@ class Schedule:
 
     place: Place
     utaforge: Utaforge
-    launcher_image: str
+    images: Images
     champions: dict[str, str] = field(default_factory=dict)
     verdicts: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +79,7 @@ class Schedule:
 
     def tell(self) -> "Schedule":
         """All chapters: a better run, a worse one, and one in vain."""
+        self.images.wait()
         job = self.write("1.0e-2")
         self.publish(job, *(override.replace("STORE", self.place.store) for override in HELD_OUT))
         self.chapter("better", "1.0e-2", 4, "weekly", lambda: self.read("weekly", "verdict.json") is not None)
@@ -102,7 +104,7 @@ class Schedule:
         """With new songs and this learning rate, let the clock start ``run``; returns once that has ended."""
         job = self.write(lr)
         self.publish(job, f"data.prepare.source.songs={songs}")
-        manifests = self.utaforge.output("render", "cronjob", job, "--image", self.launcher_image)
+        manifests = self.utaforge.output("render", "cronjob", job, "--image", self.images.name("launcher"))
         self.namespace.kubectl("apply", "-f", "-", stdin=manifests)
         self.suspend(False)
         eventually(ended, SECONDS)
@@ -136,12 +138,12 @@ class Schedule:
 
 
 @contextmanager
-def a_schedule(place: Place, launcher_image: str, folder: Path) -> Iterator[Future[Schedule]]:
+def a_schedule(place: Place, images: Images, folder: Path) -> Iterator[Future[Schedule]]:
     """Tells its chapters beside everything else: for most of the time it waits for the clock.
 
     Args:
         place: where.
-        launcher_image: what its pods run.
+        images: what its pods run.
         folder: an empty one.
     """
     (folder / "profiles").mkdir()
@@ -150,4 +152,4 @@ def a_schedule(place: Place, launcher_image: str, folder: Path) -> Iterator[Futu
         folder, {name: place.utaforge.environment[name] for name in ("KUBECONFIG", *place.team.store_keys)}
     )
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(Schedule(place, utaforge, launcher_image).tell)
+        yield pool.submit(Schedule(place, utaforge, images).tell)

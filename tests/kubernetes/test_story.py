@@ -14,6 +14,7 @@ from launcher.runs import Run
 from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
+from tests.kubernetes.images import Images
 from tests.kubernetes.place import LONG, MOST_SECONDS, Place
 from tests.kubernetes.same import same_bits
 from tests.kubernetes.situations import cause_of
@@ -79,7 +80,7 @@ def without(*programs: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def told(place: Place, cluster: Cluster) -> Story:
+def told(place: Place, cluster: Cluster, images: Images) -> Story:
     if not cluster.own:
         pytest.skip("this ends programs of the cluster: only for the tests' own")
     return Story(place)

@@ -12,6 +12,7 @@ import pytest
 from launcher.runs import Run
 from tests.cluster.conftest import Said, Started
 from tests.kubernetes.cluster.access import eventually
+from tests.kubernetes.images import Images
 from tests.kubernetes.place import LAUNCHER, MOST_SECONDS, STEPS, Place, as_options, changed_checkout, kubeconfig_of
 from tests.kubernetes.proxy import BAD_DAY, through_a_proxy
 from tests.kubernetes.rights import RIGHTS, rights_used
@@ -30,7 +31,7 @@ GONE_SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")
-def demo(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Said:
+def demo(place: Place, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Said:
     """The demo, seen through to its end from a laptop that the API server often answers badly, or not at all."""
     folder = tmp_path_factory.mktemp("laptop")
     with through_a_proxy(kubeconfig_of(place.team, LAUNCHER, folder), folder, BAD_DAY) as (proxy, kubeconfig):
@@ -92,7 +93,7 @@ def test_what_was_sent_is_gone_but_for_the_rayjob_that_says_how_it_ended(place: 
 
 
 @pytest.mark.parametrize("moment", ["plan of", ": new"])
-def test_ctrl_c_before_a_run_is_accepted_leaves_nothing_that_runs(place: Place, moment: str) -> None:
+def test_ctrl_c_before_a_run_is_accepted_leaves_nothing_that_runs(place: Place, images: Images, moment: str) -> None:
     started = place.submit("hasty")
     started.until(lambda: moment in started.text)
     said = started.interrupt()
@@ -104,7 +105,9 @@ def test_ctrl_c_before_a_run_is_accepted_leaves_nothing_that_runs(place: Place, 
         place.cancel("hasty")
 
 
-def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods_come_up(place: Place) -> None:
+def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods_come_up(
+    place: Place, images: Images
+) -> None:
     both = [place.submit("twice") for _ in range(2)]
     eventually(lambda: any("is at work already" in each.text for each in both))
     assert len(place.objects("rayjobs", "twice")) == 1
