@@ -34,6 +34,10 @@ def test_with_tiny_weights_it_trains_without_a_laptop_and_loses_no_step_with_a_r
     noticed = re.search(r"taken away: stopped at step (\d+) with a checkpoint", followed.text)
     assert noticed
     assert f"going on from step {noticed[1]}\n" in followed.text
+    log = place.run(NAME).store.get("logs/rank-0.log").decode()
+    steps = re.findall(rf"step (\d+)/{STEPS} · loss", log)
+    assert len(steps) == len(set(steps)) > 0
+    assert "a rank was lost" not in followed.text
     assert f"run {NAME} is finished" in followed.text
     assert place.run(NAME).result is not None
     assert any(entry.path.startswith(f"audio/step-{STEPS:08d}/") for entry in place.run(NAME).store.list("audio"))
