@@ -32,7 +32,16 @@ STARTED = "Ray runtime started."
 OBJECT_STORE_BYTES = 128 << 20
 """Ray Train sends little through it; songs and weights never."""
 DISK_BYTES = 1 << 30
-_PORTS = ("--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port")
+_PORTS = (
+    "--port",
+    "--dashboard-port",
+    "--ray-client-server-port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--metrics-export-port",
+    "--runtime-env-agent-port",
+)
+"""Those that Ray's agents listen on too: what they choose themselves Ray waits for, 15 s, and then it ends."""
 _PORT_RANGE = range(20_000, 32_000)
 """Below what Linux gives to outgoing connections, which would take a free port away again."""
 _RAY_ENVIRONMENT = {

@@ -134,7 +134,12 @@ def _workers(cluster: Kubernetes, plan: Plan, pods: "_Pods") -> Manifest:
     }
 
 
-_START = {"object-store-memory": str(OBJECT_STORE_BYTES), "disable-usage-stats": "true"}
+_START = {
+    "object-store-memory": str(OBJECT_STORE_BYTES),
+    "disable-usage-stats": "true",
+    "dashboard-agent-grpc-port": "52366",  # what Ray's agents choose themselves Ray waits for, 15 s, and then it ends
+    "runtime-env-agent-port": "52367",
+}
 
 
 class _Pods:
