@@ -27,6 +27,8 @@ LOOPBACK = "127.0.0.1"
 START_SECONDS = 180.0
 END_SECONDS = 30.0
 POLL_SECONDS = 0.05
+STARTS = 3
+"""How often Ray is started: it gives its own processes 30 s, which can be too few on a busy machine."""
 STARTED = "Ray runtime started."
 """What ``ray start`` says once its processes are up."""
 OBJECT_STORE_BYTES = 128 << 20
@@ -86,12 +88,13 @@ class LocalBackend(Backend):
         _check_disk()
         self._check_gpus()
         say("starting Ray on this machine")
-        try:
-            return self._begin(ray)
-        except _Ended as ended:
-            log.debug("%s", ended.problem)
-            say("Ray ended while starting; starting it once more")
-            return self._begin(ray)
+        for _ in range(STARTS - 1):
+            try:
+                return self._begin(ray)
+            except _Ended as ended:
+                log.debug("%s", ended.problem)
+                say("Ray ended while starting; starting it once more")
+        return self._begin(ray)
 
     def close(self) -> None:
         """See ``Backend``; takes about 3 seconds."""
