@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
 
 
-def eventually(condition: Callable[[], T], seconds: float = 240.0) -> T:
+def eventually(condition: Callable[[], T], seconds: float = 600.0) -> T:
     """The first true value of ``condition``; fails once ``seconds`` have passed without one."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -66,7 +66,7 @@ class Started:
 
         return eventually(met)
 
-    def end(self, seconds: float = 600) -> Said:
+    def end(self, seconds: float = 1200) -> Said:
         """Wait for its end."""
         return Said(self._popen.wait(seconds), self.text)
 

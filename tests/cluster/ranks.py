@@ -39,7 +39,7 @@ class Ranks:
             process.start()
             self.processes.append(process)
 
-    def end(self, seconds: float = 400) -> None:
+    def end(self, seconds: float = 900) -> None:
         """Wait until all have ended well; fails with the ends of their logs if one has not."""
         try:
             for process in self.processes:

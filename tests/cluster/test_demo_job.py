@@ -23,7 +23,7 @@ from trainer.families.base import Family
 from trainer.rundir import RunDirectory
 from trainer.spec.data import HeldOut
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(2700)]
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 """A quarter of those that people see: enough to close half of the gap."""

@@ -107,7 +107,7 @@ def same_in_every_bit(one: Path, other: Path, weights: str) -> None:
     assert kept[0] == kept[1]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_run_given_notice_twice_ends_as_the_one_that_was_not(tmp_path: Path) -> None:
     whole, noticed = (trained(tmp_path, name, LORA, "ddp") for name in ("whole", "noticed"))
     attempt(whole).end()
@@ -134,7 +134,7 @@ def test_a_run_given_notice_twice_ends_as_the_one_that_was_not(tmp_path: Path) -
     same_in_every_bit(whole, noticed, "adapter/adapter_model.safetensors")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_full_fine_tune_given_notice_where_validation_is_due_commits_the_shares_of_all_ranks(tmp_path: Path) -> None:
     whole, noticed = (trained(tmp_path, name, FULL, "zero2") for name in ("whole", "noticed"))
     attempt(whole).end()

@@ -20,7 +20,7 @@ from trainer.store import Store, open_store
 DATA = Path(__file__).parents[3] / "shared" / "data"
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(2700),
     pytest.mark.skipif(
         not (DATA / "music").is_dir() and "CI" not in os.environ, reason=f"the real songs are not there: {DATA}"
     ),

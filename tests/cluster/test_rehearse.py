@@ -9,7 +9,7 @@ import soundfile
 from tests.cluster.conftest import Utaforge
 from trainer.spec import load_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(2700)]
 JOBS = sorted(path for path in (Path(__file__).parents[2] / "jobs").glob("*.yaml") if path.name != "demo.yaml")
 FAMILIES = {"ace_step", "fish_speech", "heartmula", "musicgen", "songbloom"}
 

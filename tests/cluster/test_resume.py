@@ -23,7 +23,7 @@ from tests.cluster.ranks import Ranks, rank_of
 from trainer.data.prepare import prepare
 from trainer.spec import load_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(2700)]
 STEPS = 24
 JOB = """\
 name: sakura

@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
     return made
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_killed_full_fine_tune_goes_on_exactly(runs: Sequence[Path]) -> None:
     whole, killed = runs
     assert "going on from step" in (killed.parent / "rank-0-of-2.txt").read_text(encoding="utf-8")
