@@ -10,6 +10,7 @@ from tests.unit.families.test_every_family import MODELS, model
 from trainer.families import open_family, recognise
 from trainer.families.ace_step.weights import PART
 from trainer.spec.errors import UtaforgeError
+from trainer.spec.families import dims_of
 from trainer.weights import read_json
 
 FILES = {
@@ -40,7 +41,9 @@ def release(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folder_and_file_hold_the_same_network(name: str, release: Path) -> None:
     wanted = open_family(model(name)).network().state_dict()
     for place in (release, release / FILES[name]):
-        found = open_family(model(name, f"file://{place}")).network().state_dict()
+        asked = model(name, f"file://{place}")
+        found = open_family(asked).network().state_dict()
+        assert name != "musicgen" or dims_of(asked).width == 64, "its size is planned with as it is"
         assert found.keys() == wanted.keys()
         assert all(torch.equal(value, wanted[key]) for key, value in found.items())
 

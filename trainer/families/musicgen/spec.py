@@ -28,8 +28,9 @@ class MusicGen(BaseModelSpec):
 def _told_dims(model: MusicGen) -> Dims | None:
     if model.pretrained == "builtin:pocket":
         return _read_dims(Path(__file__).parents[2] / "builtin" / "pocket" / "config.json")
-    path = Path(model.pretrained.removeprefix("file://")) / "config.json"
-    return _read_dims(path) if model.pretrained.startswith("file://") and path.is_file() else None
+    path = Path(model.pretrained.removeprefix("file://"))
+    config = (path.parent if path.is_file() else path) / "config.json"
+    return _read_dims(config) if model.pretrained.startswith("file://") and config.is_file() else None
 
 
 def _read_dims(path: Path) -> Dims:
