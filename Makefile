@@ -14,7 +14,8 @@ BASE ?= debian:bookworm-slim
 IMAGES := $(if $(REGISTRY),$(REGISTRY)/)$(IMAGE)
 COMPOSE := docker compose --file docker/compose.yaml
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10
+RAYS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --durations=10
 
 export UTAFORGE_HOME ?= $(HOME_DIR)
 export TORCH_EXTENSIONS_DIR ?= $(HOME_DIR)/cache/torch_extensions
@@ -57,9 +58,9 @@ ui: $(READY) ## MLflow on http://127.0.0.1:5000 (PORT=… for another port)
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(UTAFORGE_HOME)/mlflow.db \
 		--artifacts-destination $(UTAFORGE_HOME)/mlartifacts
 
-test: $(READY) ## all tests but those on Kubernetes
-	@$(PYTEST) -m "not ray"
-	@$(PYTEST) -m ray tests/cluster
+test: $(READY) ## all tests but those on Kubernetes (RAYS=1: one Ray at a time, for slow machines)
+	@$(PYTEST) --numprocesses 2 -m "not ray"
+	@$(PYTEST) --numprocesses $(RAYS) -m ray tests/cluster
 
 test-kubernetes: $(READY) ## tests on a real Kubernetes (as root on Debian), or on that of KUBECONFIG
 	@$(BIN)/python -m pytest tests/kubernetes --timeout=1800 -o timeout_func_only=true --durations=15
