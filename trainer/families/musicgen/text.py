@@ -9,7 +9,7 @@ from .weights import Release
 def open_text_encoder(release: Release, override: str | None) -> TextEncoder:
     """The encoder of ``release``, or the T5 at URL ``override``; weights are loaded when first used.
 
-    Like upstream, it reads descriptions of any length (``T5Conditioner`` of audiocraft does not cut them).
+    It reads descriptions of any length and cuts none.
     """
     if override is not None:
         return T5Text(local_path(override, "model.text_encoder"), "t5", release.text_width)
