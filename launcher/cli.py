@@ -212,7 +212,7 @@ def status(run_name: str, store_url: str | None, job_path: str | None, as_json: 
 def list_(store_url: str | None, job_path: str | None, as_json: bool) -> None:
     """All runs in the store."""
     from launcher import show
-    from launcher.runs import all_runs
+    from launcher.listing import all_runs
 
     url = _store(store_url, job_path)
     found: list[Status] = all_runs(url)

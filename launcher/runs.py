@@ -6,13 +6,11 @@ import math
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,7 +18,7 @@ from launcher.backends.base import Backend, Jobs, JobStatus
 from launcher.backends.ray_jobs import RayJobs
 from launcher.differences import differences
 from trainer.spec import Job, dump_job, job_from_json
-from trainer.spec.errors import ClusterError, JobError, StoreError, UtaforgeError
+from trainer.spec.errors import ClusterError, JobError, StoreError
 from trainer.store import Entry, Store, open_store
 
 if TYPE_CHECKING:
@@ -357,7 +355,7 @@ class Run:
 
     def _jobs(self, attempt: Attempt) -> Jobs:
         if attempt.backend == "kubernetes":
-            return _kubernetes(attempt)
+            return kubernetes_jobs(attempt)
         token = None
         if attempt.token_file and os.access(attempt.token_file, os.R_OK):
             token = Path(attempt.token_file).read_text()
@@ -409,15 +407,6 @@ def find_run(store_url: str, name: str) -> Run:
     raise StoreError(
         f"there is no run {name!r} in {store_url}{known}", "see utaforge list; --store URL names another store"
     )
-
-
-def all_runs(store_url: str) -> list[Status]:
-    """How every run in a store stands, by name."""
-    place = runs_of(store_url)
-    runs = [Run(place.at(name)) for name in place.folders()]
-    with ThreadPoolExecutor(READERS) as pool:
-        asked = partial(_status_or_none, ask=_Asked())
-        return [status for status in pool.map(asked, runs) if status]
 
 
 def create_or_resume(job: Job, plan: Mapping[str, Any], name: str | None = None) -> Chosen:
@@ -528,7 +517,8 @@ def _reachable(attempt: Attempt) -> bool:
     return attempt.backend != "local" or attempt.host == socket.gethostname()
 
 
-def _kubernetes(attempt: Attempt) -> "KubernetesJobs":
+def kubernetes_jobs(attempt: Attempt) -> "KubernetesJobs":
+    """The jobs of the namespace that an attempt was submitted to."""
     from launcher.backends.kubernetes import ANSWER_SECONDS as PATIENCE
     from launcher.backends.kubernetes import KubernetesJobs
     from launcher.backends.kubernetes_api import Api
@@ -547,44 +537,6 @@ def _path(attempt: Attempt) -> str:
 
 def _dumped(attempt: Attempt) -> bytes:
     return json.dumps(asdict(attempt), indent=1).encode()
-
-
-class _Asked:
-    """How programs stand, where many are asked about: each namespace of a Kubernetes is listed once."""
-
-    def __init__(self) -> None:
-        self._listing = threading.Lock()
-        self._known: dict[tuple[str | None, str | None], dict[str, JobStatus] | ClusterError] = {}
-
-    def __call__(self, run: Run, attempt: Attempt) -> JobStatus | None:
-        if attempt.backend != "kubernetes":
-            return run.ask(attempt)
-        place = attempt.context, attempt.namespace
-        with self._listing:
-            if place not in self._known:
-                self._known[place] = _listed(attempt)
-        known = self._known[place]
-        if isinstance(known, ClusterError):
-            raise known
-        return known.get(attempt.submission)
-
-
-def _listed(attempt: Attempt) -> dict[str, JobStatus] | ClusterError:
-    try:
-        return _kubernetes(attempt).statuses()
-    except ClusterError as error:
-        return error
-
-
-def _status_or_none(run: Run, ask: _Asked) -> Status | None:
-    """None for a folder that is no run; a run that cannot be read is shown as failed."""
-    try:
-        return run.status(partial(ask, run))
-    except NoRun:
-        return None
-    except (UtaforgeError, ValueError, KeyError, TypeError) as error:
-        problem = error.problem if isinstance(error, UtaforgeError) else f"its files cannot be read: {error}"
-        return Status(run.name, run.url, "failed", 0, 0, None, 0, None, problem, "restore or remove it", None)
 
 
 def _json(data: bytes | None) -> dict[str, Any] | None:

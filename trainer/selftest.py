@@ -194,8 +194,8 @@ def _examples(songs: Dataset) -> list[Example]:
 
 
 def _spread(predictions: Predictions, differences: Tensor) -> Tensor:
-    """Differences of logits in standard deviations of all of them."""
-    return differences / predictions.logits.std()
+    """Differences of logits, if there are any, in standard deviations of all of them."""
+    return differences / predictions.logits.std() if len(differences) else differences
 
 
 def _chosen(predictions: Predictions) -> Tensor:

@@ -1,8 +1,7 @@
 """Shapes of arrays in annotations: jaxtyping's names, or the bare arrays where it is not installed.
 
 One legend everywhere: ``B`` batch, ``T`` frames, ``S`` sequence, ``K`` codebooks, ``C`` channels, ``D`` width, ``V``
-vocabulary. A GPU box with torch and transformers alone can train and measure: annotations are no reason
-for a package more.
+vocabulary. ``tests/bench/gpu.py`` runs where there are torch and transformers and little else.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -26,6 +26,8 @@ from obstore.store import GCSStore, LocalStore, ObjectStore, S3Store
 from trainer.spec.errors import StoreError
 
 MANIFEST = "manifest.json"
+OUT_OF_REACH = "the server cannot be reached"
+"""The cause in a ``StoreError`` that does not say whether the store would take one's keys."""
 _CHUNK = 16 * 1024 * 1024
 _SINGLE_PUT = 512 * 1024 * 1024
 _PARALLEL = 4
@@ -52,12 +54,17 @@ class Entry:
     modified: float
 
 
-def open_store(url: str) -> "Store":
+def open_store(url: str, variables: Mapping[str, str] | None = None) -> "Store":
     """The store at ``url``; nothing is contacted yet.
 
     A relative ``file://./path`` starts from the current folder. S3 takes its endpoint from ``AWS_ENDPOINT_URL_S3`` or
     ``AWS_ENDPOINT_URL``, its region (default us-east-1) and credentials from the usual ``AWS_*`` variables; Google
     Storage takes them from its application default credentials.
+
+    Args:
+        url: of the store.
+        variables: instead of this process's, for S3: to see whether somebody else could use the store, who may reach it
+            where this machine does not. So nothing is tried twice or waited for.
 
     Raises:
         StoreError: ``url`` is no store's URL.
@@ -67,7 +74,7 @@ def open_store(url: str) -> "Store":
         return Store(f"file://{Path(rest).resolve()}", "")
     bucket, _, prefix = rest.partition("/")
     if scheme in ("s3", "gs") and re.fullmatch(r"[^/@:?#]+", bucket):
-        return Store(f"{scheme}://{bucket}", "").at(prefix.strip("/"))
+        return Store(f"{scheme}://{bucket}", "", variables).at(prefix.strip("/"))
     raise StoreError(
         f"{_public(url)!r} is not a store",
         "write s3://bucket/prefix, gs://bucket/prefix, file:///path or file://./path",
@@ -82,11 +89,13 @@ class Store:
     Args:
         root: ``scheme://bucket``, or ``file://`` and an absolute folder.
         prefix: the place below it; ``""`` for the root itself.
+        variables: see ``open_store``.
     """
 
-    def __init__(self, root: str, prefix: str) -> None:
+    def __init__(self, root: str, prefix: str, variables: Mapping[str, str] | None = None) -> None:
         self._root = root
         self._prefix = prefix
+        self._variables = variables
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -103,7 +112,7 @@ class Store:
 
     def at(self, path: str) -> "Store":
         """The place ``path`` below this one."""
-        return Store(self._root, self._key(path)) if path else self
+        return Store(self._root, self._key(path), self._variables) if path else self
 
     def get(self, path: str) -> bytes:
         """The object's content; an object that is not there is a ``StoreError``."""
@@ -307,7 +316,9 @@ class Store:
         elif folder is not None and not folder.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
         assert _first_user() == os.getpid(), "obstore's threads do not survive a fork: start processes by spawn"
-        return _connect(self._root, tuple(os.environ.get(name) for name in _CLIENT_VARIABLES))
+        own = self._variables is None
+        told = os.environ if self._variables is None else self._variables
+        return _connect(self._root, tuple(told.get(name) for name in _CLIENT_VARIABLES), own)
 
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{_checked(path)}" if self._prefix else _checked(path)
@@ -384,7 +395,7 @@ def _first_user() -> int:
 
 
 @lru_cache(maxsize=64)
-def _connect(root: str, variables: tuple[str | None, ...]) -> ObjectStore:
+def _connect(root: str, variables: tuple[str | None, ...], own: bool) -> ObjectStore:
     scheme, _, place = root.partition("://")
     retries: Any = {
         "max_retries": 4,
@@ -396,12 +407,18 @@ def _connect(root: str, variables: tuple[str | None, ...]) -> ObjectStore:
         return LocalStore(place, automatic_cleanup=True)
     if scheme == "gs":
         return GCSStore(place, client_options=options, retry_config=retries)
-    endpoint, other_endpoint, region, default_region, *_ = variables
+    endpoint, other_endpoint, region, default_region, key, secret, token, *_ = variables
     config: Any = {"region": region or default_region or "us-east-1"}
     if endpoint := endpoint or other_endpoint:
         config["endpoint"] = endpoint
         options["allow_http"] = endpoint.startswith("http://")
-    return S3Store(place, config=config, client_options=options, retry_config=retries)
+    if own:
+        return S3Store(place, config=config, client_options=options, retry_config=retries)
+    keys: Any = {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": None}
+    options |= {"connect_timeout": "3s", "timeout": "10s"}
+    return S3Store(
+        place, config=config, client_options=options, retry_config={"max_retries": 0}, credential_provider=lambda: keys
+    )
 
 
 def _in_parallel(work: Callable[[T], U], items: Iterable[T]) -> list[U]:
@@ -467,7 +484,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"error sending request|error trying to connect|dns error|timed out|os error 1(01|10|11|13)\b",
-        "the server cannot be reached",
+        OUT_OF_REACH,
         "check AWS_ENDPOINT_URL and the network, and that the server runs",
     ),
     (

@@ -7,7 +7,6 @@ import base64
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,9 +19,9 @@ from launcher.plan import Plan
 from launcher.render import inside
 from launcher.render.rayjob import Manifest, requests_of
 from launcher.render.rules import broken_rules
-from trainer.spec import ClusterError, DataError, Job, UtaforgeError, dump_job
+from trainer.spec import ClusterError, DataError, Job, StoreError, UtaforgeError, dump_job
 from trainer.spec.cluster import Kubernetes
-from trainer.store import open_store
+from trainer.store import OUT_OF_REACH, open_store
 
 log = logging.getLogger(__name__)
 _RIGHTS = (
@@ -191,53 +190,20 @@ class _Secrets:
 
 
 def _store(job: Job, secrets: _Secrets) -> Iterator[UtaforgeError]:
-    """Whether the store takes the keys that pods will have."""
-    if job.store.startswith("s3://") and (refusal := _refusal(job.store, secrets.variables())):
-        yield ClusterError(
-            f"cluster.secrets: {job.store} refuses the keys of the pods: {refusal}",
-            "put keys into the secret that may read, write and delete there",
-        )
-
-
-def _refusal(url: str, variables: Mapping[str, str]) -> str | None:
-    """Why a store is not for those who have ``variables``; None if it is, or if only pods can reach it."""
-    import obstore
-    from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
-    from obstore.store import S3Store
-
-    key, secret = (variables.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"))
-    endpoint = next((variables[name] for name in _ENDPOINTS if variables.get(name)), None)
-    if not key or not secret or (endpoint is None and any(os.environ.get(name) for name in _ENDPOINTS)):
-        return None  # ``lacking`` tells of it
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    token = variables.get("AWS_SESSION_TOKEN")
-    config: Any = {"region": variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1"}
-    options: Any = {"connect_timeout": "3s", "timeout": "10s"}
-    if endpoint:
-        config["endpoint"], options["allow_http"] = endpoint, endpoint.startswith("http://")
-    store = S3Store(
-        bucket,
-        prefix=prefix or None,
-        config=config,
-        client_options=options,
-        retry_config={"max_retries": 0},
-        credential_provider=lambda: {
-            "access_key_id": key,
-            "secret_access_key": secret,
-            "token": token,
-            "expires_at": None,
-        },
-    )
-    probe = f".probe-{uuid.uuid4().hex}"
+    """Whether the store takes the keys that pods will have; ``lacking`` tells of those that are not there."""
+    variables = secrets.variables()
+    keys = variables.keys() >= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    elsewhere = any(os.environ.get(name) for name in _ENDPOINTS) and not variables.keys() & set(_ENDPOINTS)
+    if not job.store.startswith("s3://") or not keys or elsewhere:
+        return
     try:
-        obstore.put(store, probe, b"utaforge")
-        obstore.delete(store, probe)
-    except (PermissionDeniedError, UnauthenticatedError, FileNotFoundError) as error:
-        code = re.search(r"<Code>(\w+)</Code>", str(error))
-        return code[1] if code else type(error).__name__
-    except BaseError as error:
-        log.debug("not tried with the keys of pods: %s", type(error).__name__)
-    return None
+        open_store(job.store, variables).check_writable()
+    except StoreError as error:
+        if OUT_OF_REACH not in error.problem:
+            yield ClusterError(
+                f"cluster.secrets: with the keys of the pods: {error.problem}",
+                "put keys into the secret that may read, write and delete there",
+            )
 
 
 def _image(cluster: Kubernetes, secrets: _Secrets) -> Iterator[UtaforgeError]:

@@ -251,9 +251,9 @@ def check_without_kuberay(layout: Layout, folder: Path) -> None:
         assert said.code == 5, said.text
         return said.text
 
-    field = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/preRunningDeadlineSeconds"
-    versions = cluster.get("crd", RAY_CRD)["spec"]["versions"]
-    field = field.replace("/0/", f"/{[each['name'] for each in versions].index('v1')}/")
+    versions = [each["name"] for each in cluster.get("crd", RAY_CRD)["spec"]["versions"]]
+    schema = f"/spec/versions/{versions.index('v1')}/schema/openAPIV3Schema"
+    field = f"{schema}/properties/spec/properties/preRunningDeadlineSeconds"
     old = json.dumps([{"op": "remove", "path": field}])
     cluster.kubectl("patch", "crd", RAY_CRD, "--type=json", "-p", old)
     eventually(lambda: "the cluster's KubeRay is too old" in submit())

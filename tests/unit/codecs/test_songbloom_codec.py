@@ -92,7 +92,7 @@ def test_the_vae_is_the_published_one_computed_from_the_tensors_of_its_file(tmp_
     dice = torch.Generator().manual_seed(0)
     state = {
         name: torch.randn(value.shape, generator=dice) * (0.1 if name.endswith("bias") else 0.5)
-        for name, value in torch.load(file)["state_dict"].items()
+        for name, value in torch.load(file, weights_only=True)["state_dict"].items()
     }
     torch.save({"state_dict": state}, file)
     codec = codec_of(vae=f"file://{tmp_path}/重み")

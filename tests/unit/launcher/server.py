@@ -57,6 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         if code == 401:
             self.send_header("WWW-Authenticate", f'Bearer realm="{self.server.url}/token",service="uta",scope="pull"')
         self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", '"uta"')
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)

@@ -9,7 +9,8 @@ import pytest
 
 from launcher.backends.base import Backend, Say
 from launcher.backends.ray_jobs import RayJobs
-from launcher.runs import Run, all_runs, create_or_resume, find_run
+from launcher.listing import all_runs
+from launcher.runs import Run, create_or_resume, find_run
 from trainer.spec import ClusterError, Job, JobError, StoreError, job_from_json
 from trainer.spec.cluster import Budget
 
