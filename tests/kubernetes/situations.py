@@ -33,18 +33,18 @@ cluster:
   secrets: [utaforge-store]
 """
 TINY = "cores: 0.05\nram_gib: 1.75\ndisk_gib: 4\n"
-GPU_NODES = """\
+
+
+def gpu_nodes(labels: str, gpus: int = 1) -> str:
+    """A profile of small pods on nodes with ``labels``, which say nothing else of themselves."""
+    return f"""\
 gpu: T4
-gpus: 1
+gpus: {gpus}
 gpu_gib: 14.6
 tflops: 65
-cores: 0.05
-ram_gib: 1.75
-disk_gib: 4
-nodes:
-  - labels: {LABELS}
+{TINY}nodes:
+  - labels: {labels}
 """
-"""A profile for small pods on nodes with some labels."""
 
 
 class Situations:

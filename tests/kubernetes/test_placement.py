@@ -8,7 +8,7 @@ from launcher.runs import Run
 from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.gpus import NODES, simulated_nodes
 from tests.kubernetes.place import Place
-from tests.kubernetes.situations import GPU_NODES, Situations, cause_of
+from tests.kubernetes.situations import Situations, cause_of, gpu_nodes
 
 pytestmark = pytest.mark.timeout(600)
 WHERE = {
@@ -53,7 +53,7 @@ def test_without_gpus_no_pod_goes_where_gpus_are(place: Place, nodes: None, situ
 
 
 def test_a_taint_that_nobody_tolerates_is_told(nodes: None, situations: Situations) -> None:
-    situations.profile("tainted", GPU_NODES.replace("LABELS", "cloud.google.com/gke-accelerator: nvidia-tesla-t4"))
+    situations.profile("tainted", gpu_nodes("{cloud.google.com/gke-accelerator: nvidia-tesla-t4}"))
     with situations.sent("taint", "cluster.profile=tainted") as run:
         assert "tolerations" in cause_of(run, "taints that it does not tolerate").cure
 

@@ -17,7 +17,7 @@ from tests.kubernetes.place import LAUNCHER, MOST_SECONDS, STEPS, Place, as_opti
 from tests.kubernetes.proxy import BAD_DAY, through_a_proxy
 from tests.kubernetes.rights import RIGHTS, rights_used
 from tests.kubernetes.same import same_bits
-from tests.kubernetes.situations import GPU_NODES, cause_of
+from tests.kubernetes.situations import cause_of, gpu_nodes
 
 pytestmark = pytest.mark.timeout(1800)
 NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
@@ -180,9 +180,7 @@ def test_all_that_is_wrong_is_told_at_once_each_with_its_cure(place: Place, tmp_
         "cluster.profile": "elsewhere",
         "cluster.queue": "{kind: kueue, name: uta}",
     }
-    (place.utaforge.folder / "profiles" / "elsewhere.yaml").write_text(
-        GPU_NODES.replace("LABELS", "nvidia.com/gpu.product: Uta")
-    )
+    (place.utaforge.folder / "profiles" / "elsewhere.yaml").write_text(gpu_nodes("{nvidia.com/gpu.product: Uta}"))
     administrator = place.elsewhere(place.cluster.kubeconfig, tmp_path)
     said = administrator(
         "submit", place.job("wrong"), "--yes", *as_options(f"{key}={value}" for key, value in wrong.items())

@@ -19,7 +19,7 @@ from launcher.why import Cause
 from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.gpus import gpus_on_the_node
 from tests.kubernetes.images import Images
-from tests.kubernetes.situations import GPU_NODES, Situations, cause_of
+from tests.kubernetes.situations import Situations, cause_of, gpu_nodes
 
 pytestmark = pytest.mark.timeout(1800)
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")
@@ -94,14 +94,12 @@ def test_a_quota_that_is_too_small(why: Callable[..., Cause], cluster: Cluster, 
 
 
 def test_a_machine_that_the_cluster_does_not_have(why: Callable[..., Cause], situations: Situations) -> None:
-    situations.profile("elsewhere", GPU_NODES.replace("LABELS", "nvidia.com/gpu.product: 歌".replace("歌", "Uta")))
+    situations.profile("elsewhere", gpu_nodes("{nvidia.com/gpu.product: Uta}"))
     assert "labels" in why("no node has the labels", "no-gpu", "cluster.profile=elsewhere").cure
 
 
 def test_gpus_that_others_use(why: Callable[..., Cause], situations: Situations, own_cluster: Cluster) -> None:
-    situations.profile(
-        "every", GPU_NODES.replace("{LABELS}", "{kubernetes.io/os: linux}").replace("gpus: 1", "gpus: 4")
-    )
+    situations.profile("every", gpu_nodes("{kubernetes.io/os: linux}", gpus=4))
     four = ("cluster.profile=every", "cluster.workers=4")
     with gpus_on_the_node(own_cluster, 2):
         assert "nvidia.com/gpu" in why("no node has enough free GPUs", "busy", *four).evidence
