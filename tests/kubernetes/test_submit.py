@@ -49,8 +49,12 @@ def here(place: Place, demo: Said) -> Iterator[Future[Run]]:
 
 
 @pytest.fixture(scope="module")
-def faulty(place: Place, demo: Said, here: Future[Run]) -> dict[str, Started]:
-    """Submissions that can only fail: losses that are no numbers, songs whose bytes were changed, code that raises."""
+def faulty(place: Place, demo: Said, here: Future[Run]) -> Started:
+    """Of three submissions that can only fail the one that is followed to its end.
+
+    Losses that are no numbers, from a laptop that is gone once they are accepted; songs whose bytes were changed, left
+    while its pods run; code that raises.
+    """
     for each in place.team.bucket.objects.filter(Prefix="uta/datasets/demo/"):
         content = each.get()["Body"].read()
         copy = each.key.replace("datasets/demo", DAMAGED)
@@ -60,7 +64,12 @@ def faulty(place: Place, demo: Said, here: Future[Run]) -> dict[str, Started]:
         "damaged": (f"data.train=[{{dataset: {place.store}/{DAMAGED}}}]",),
         "own-code": (f"cluster.code={changed_checkout(place.utaforge.folder / 'raising', RAISING)}",),
     }
-    return {name: place.submit(name, "cluster.workers=1", *more) for name, more in overrides.items()}
+    nan, damaged, own_code = (place.submit(name, "cluster.workers=1", *more) for name, more in overrides.items())
+    nan.until(lambda: ACCEPTED in nan.text)
+    nan.kill_everything()
+    damaged.until(lambda: ": running" in damaged.text)
+    assert damaged.interrupt().code == 130
+    return own_code
 
 
 def test_the_demo_ends_on_two_worker_pods_with_adapter_and_songs_in_s3(place: Place, demo: Said) -> None:
@@ -127,10 +136,8 @@ def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods
 
 
 def test_a_fault_of_the_job_ends_it_with_its_first_cluster_though_the_laptop_is_gone(
-    place: Place, faulty: dict[str, Started]
+    place: Place, faulty: Started
 ) -> None:
-    faulty["nan"].until(lambda: ACCEPTED in faulty["nan"].text)
-    faulty["nan"].kill_everything()
     followed = place.follow("nan").end(MOST_SECONDS)
     assert re.search("^run nan is failed at step .*: the loss is nan", followed.text, re.MULTILINE), followed.text
     (rayjob,) = place.objects("rayjobs", "nan")
@@ -140,17 +147,15 @@ def test_a_fault_of_the_job_ends_it_with_its_first_cluster_though_the_laptop_is_
     assert "train.optimizer.lr" in cause_of(place.run("nan"), "the loss is").cure
 
 
-def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Place, faulty: dict[str, Started]) -> None:
-    faulty["damaged"].until(lambda: ": running" in faulty["damaged"].text)
-    assert faulty["damaged"].interrupt().code == 130
+def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Place, faulty: Started) -> None:
     assert "damaged" in cause_of(place.run("damaged"), "damaged", MOST_SECONDS).what
     assert place.run("damaged").status().state == "failed"
 
 
 def test_an_error_of_peoples_own_code_is_told_with_its_place_and_costs_one_cluster(
-    place: Place, faulty: dict[str, Started]
+    place: Place, faulty: Started
 ) -> None:
-    said = faulty["own-code"].end(MOST_SECONDS)
+    said = faulty.end(MOST_SECONDS)
     assert said.code != 0
     cause = cause_of(place.run("own-code"), "LookupError: 歌がない")
     assert "worker.py" in cause.evidence
