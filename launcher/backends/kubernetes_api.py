@@ -177,6 +177,7 @@ class Api:
 _CURES = (
     (r"^401", "your credentials have expired or are wrong: log in again, until kubectl get pods works"),
     (r"^403 .*exceeded quota", "ask for more in the namespace's ResourceQuota, or take fewer cluster.workers"),
+    (r"^403 .*status unknown for quota", "a new ResourceQuota is not counted for yet: try again in 5 minutes"),
     (r"^403 .*violates PodSecurity", "the namespace wants something else than pods without rights: report this"),
     (r"^403", "whoever runs this cluster has to give that right: k8s/base has the role of the launcher"),
     (r"^404 .*namespaces? .*not found", "create it, kubectl create namespace NAME, or correct cluster.namespace"),

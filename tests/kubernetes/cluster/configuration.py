@@ -241,6 +241,7 @@ def _controller_manager(layout: Layout, authority: Authority, kubeconfig: Kubeco
         f"--root-ca-file={authority.certificate}",
         f"--service-account-private-key-file={accounts}",
         "--use-service-account-credentials=true",
+        "--resource-quota-sync-period=5s",  # else a quota of RayJobs made right after their CRD is unknown for minutes
     )
     return Program("kube-controller-manager", argv, web(f"https://{layout.node}:10257/healthz"))
 

@@ -60,6 +60,9 @@ def test_a_quota_that_is_not_counted_yet_is_waited_for(server: Server, api: Api)
     unknown = 'rayjobs.ray.io "uta-1" is forbidden: status unknown for quota: 歌, resources: count/rayjobs.ray.io'
     server.answers[RAYJOBS] = [(403, {"message": unknown}), (201, {"made": "歌"})]
     assert api.create(RAYJOBS, {"a": 1}) == {"made": "歌"}
+    server.answers[RAYJOBS] = [(403, {"message": unknown})]
+    with pytest.raises(ClusterError, match="not counted for yet"):
+        Api(patience=0).create(RAYJOBS, {})
 
 
 def test_what_is_there_already_is_none_and_what_is_gone_need_not_be_deleted(server: Server, api: Api) -> None:
