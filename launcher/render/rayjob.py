@@ -98,7 +98,12 @@ def _rayjob(job: Job, cluster: Kubernetes, plan: Plan, submission: Submission, p
             "enableInTreeAutoscaling": False,
             "authOptions": {"mode": "token"},
             "headGroupSpec": {
-                "rayStartParams": {**_START, "num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104
+                "rayStartParams": {
+                    **_START,
+                    "num-cpus": "0",
+                    "dashboard-host": "0.0.0.0",  # noqa: S104
+                    "no-monitor": "true",  # the autoscaler, which has nothing to scale here
+                },
                 "template": pods.head(),
             },
             "workerGroupSpecs": [_workers(cluster, plan, pods)],

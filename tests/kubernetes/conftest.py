@@ -21,9 +21,9 @@ from tests.kubernetes.team import Team, a_team
 
 BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom"}
 """Modules whose tests ask what has come of a fixture that works beside other tests."""
-ORDER = ["test_mlflow", "test_placement", "test_services", "test_manifests", "test_cluster", "test_images", "test_why",
+ORDER = ["test_placement", "test_mlflow", "test_services", "test_manifests", "test_cluster", "test_images", "test_why",
          "test_submit", *BESIDE, "test_story"]  # fmt: skip
-FIRST_BESIDE = "test_services"
+FIRST_BESIDE = "test_mlflow"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -93,6 +93,7 @@ def a_team(cluster: Cluster, scratch: Path) -> Iterator[Team]:
             "MLFLOW_S3_ENDPOINT_URL": cluster.s3,
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{bucket.name}/{ARTIFACTS}",
             "AWS_DEFAULT_REGION": region,
+            "MLFLOW_WORKERS": "1",
         }
         team = Team(namespace, bucket, {**keys, "AWS_REGION": region, "AWS_ENDPOINT_URL": cluster.s3})
         objects = namespace.render("overlays/prod", scratch, images, settings)
