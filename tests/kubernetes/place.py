@@ -48,7 +48,7 @@ cluster:
   secrets: [utaforge-store, utaforge-mlflow]
 """
 LONG_STEPS = 400
-LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}")
+LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}", "checkpoint.every=20")
 """Enough steps for something to happen meanwhile."""
 MOST_SECONDS = 1500
 """Of one run: images are pulled, and a cluster may be lost."""

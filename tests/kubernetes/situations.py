@@ -10,6 +10,7 @@ from launcher.runs import Run, create_or_resume
 from launcher.snapshot import gather
 from launcher.why import Cause, diagnose
 from tests.kubernetes.cluster.access import eventually
+from tests.kubernetes.place import Place
 from trainer.spec import load_job
 
 JOB = """\
@@ -94,3 +95,10 @@ def cause_of(run: Run, expected: str, seconds: float = 120.0, among: int | None 
     cause = eventually(found, seconds)
     assert cause is not None
     return cause
+
+
+def ended_with_its_first_cluster(place: Place, name: str) -> None:
+    """Fails unless KubeRay takes the run for one that was stopped, and has paid for no second cluster."""
+    (rayjob,) = place.objects("rayjobs", name)
+    assert (rayjob["status"]["jobStatus"], rayjob["status"].get("failed", 0)) == ("STOPPED", 0)
+    assert len(place.objects("rayclusters", name)) <= 1

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 import pytest
 
 from tests.kubernetes.schedule import Schedule
+from tests.kubernetes.situations import cause_of, ended_with_its_first_cluster
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -34,6 +35,8 @@ def test_one_that_fails_leaves_the_champion_and_a_failed_kubernetes_job(schedule
         event["reason"] == "BackoffLimitExceeded" and "weekly-retrain" in event["involvedObject"]["name"]
         for event in events
     )
+    assert "train.optimizer.lr" in cause_of(schedule.place.run("weekly-3"), "the loss is").cure
+    ended_with_its_first_cluster(schedule.place, "weekly-3")
 
 
 def test_one_that_overlaps_is_not_started(schedule: Schedule) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from launcher.runs import Run
-from tests.cluster.conftest import Said, Started
+from tests.cluster.conftest import Said
 from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.images import Images
 from tests.kubernetes.place import LAUNCHER, MOST_SECONDS, STEPS, Place, as_options, changed_checkout, kubeconfig_of
 from tests.kubernetes.proxy import BAD_DAY, through_a_proxy
 from tests.kubernetes.rights import RIGHTS, rights_used
 from tests.kubernetes.same import same_bits
-from tests.kubernetes.situations import cause_of, gpu_nodes
+from tests.kubernetes.situations import cause_of, ended_with_its_first_cluster, gpu_nodes
 
 pytestmark = pytest.mark.timeout(1800)
 NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
@@ -49,27 +49,23 @@ def here(place: Place, demo: Said) -> Iterator[Future[Run]]:
 
 
 @pytest.fixture(scope="module")
-def faulty(place: Place, demo: Said, here: Future[Run]) -> Started:
-    """Of three submissions that can only fail the one that is followed to its end.
+def faulty(place: Place, demo: Said, here: Future[Run]) -> None:
+    """Two submissions that can only fail, beside another.
 
-    Losses that are no numbers, from a laptop that is gone once they are accepted; songs whose bytes were changed, left
-    while its pods run; code that raises.
+    Code that raises, from a laptop that is gone once it is accepted; songs whose bytes were changed, left while the
+    pods run.
     """
     for each in place.team.bucket.objects.filter(Prefix="uta/datasets/demo/"):
         content = each.get()["Body"].read()
         copy = each.key.replace("datasets/demo", DAMAGED)
         place.team.bucket.put_object(Key=copy, Body=bytes(len(content)) if copy.endswith(".parquet") else content)
-    overrides = {
-        "nan": ("train.optimizer.lr=1.0e+30", "train.clip=1.0e+30"),
-        "damaged": (f"data.train=[{{dataset: {place.store}/{DAMAGED}}}]",),
-        "own-code": (f"cluster.code={changed_checkout(place.utaforge.folder / 'raising', RAISING)}",),
-    }
-    nan, damaged, own_code = (place.submit(name, "cluster.workers=1", *more) for name, more in overrides.items())
-    nan.until(lambda: ACCEPTED in nan.text)
-    nan.kill_everything()
+    code = changed_checkout(place.utaforge.folder / "raising", RAISING)
+    own_code = place.submit("own-code", "cluster.workers=1", f"cluster.code={code}")
+    damaged = place.submit("damaged", "cluster.workers=1", f"data.train=[{{dataset: {place.store}/{DAMAGED}}}]")
+    own_code.until(lambda: ACCEPTED in own_code.text)
+    own_code.kill_everything()
     damaged.until(lambda: ": running" in damaged.text)
     assert damaged.interrupt().code == 130
-    return own_code
 
 
 def test_the_demo_ends_on_two_worker_pods_with_adapter_and_songs_in_s3(place: Place, demo: Said) -> None:
@@ -135,32 +131,18 @@ def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods
     assert place.run("twice").status().state == "stopped"
 
 
-def test_a_fault_of_the_job_ends_it_with_its_first_cluster_though_the_laptop_is_gone(
-    place: Place, faulty: Started
-) -> None:
-    followed = place.follow("nan").end(MOST_SECONDS)
-    assert re.search("^run nan is failed at step .*: the loss is nan", followed.text, re.MULTILINE), followed.text
-    (rayjob,) = place.objects("rayjobs", "nan")
-    assert rayjob["status"]["jobStatus"] == "STOPPED"
-    assert rayjob["status"].get("failed", 0) == 0
-    assert len(place.objects("rayclusters", "nan")) <= 1
-    assert "train.optimizer.lr" in cause_of(place.run("nan"), "the loss is").cure
+@pytest.mark.usefixtures("faulty")
+def test_an_error_of_peoples_own_code_ends_a_run_with_its_first_cluster_though_the_laptop_is_gone(place: Place) -> None:
+    followed = place.follow("own-code").end(MOST_SECONDS)
+    assert re.search("^run own-code is failed.*: LookupError: 歌がない", followed.text, re.MULTILINE), followed.text
+    assert "worker.py" in cause_of(place.run("own-code"), "LookupError: 歌がない").evidence
+    ended_with_its_first_cluster(place, "own-code")
 
 
-def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Place, faulty: Started) -> None:
+@pytest.mark.usefixtures("faulty")
+def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Place) -> None:
     assert "damaged" in cause_of(place.run("damaged"), "damaged", MOST_SECONDS).what
     assert place.run("damaged").status().state == "failed"
-
-
-def test_an_error_of_peoples_own_code_is_told_with_its_place_and_costs_one_cluster(
-    place: Place, faulty: Started
-) -> None:
-    said = faulty.end(MOST_SECONDS)
-    assert said.code != 0
-    cause = cause_of(place.run("own-code"), "LookupError: 歌がない")
-    assert "worker.py" in cause.evidence
-    (rayjob,) = place.objects("rayjobs", "own-code")
-    assert (rayjob["status"]["jobStatus"], rayjob["status"].get("failed", 0)) == ("STOPPED", 0)
 
 
 def test_the_adapter_is_the_one_that_the_local_backend_makes(place: Place, demo: Said, here: Future[Run]) -> None:
@@ -238,10 +220,10 @@ def test_the_launcher_uses_all_of_its_rights_and_asks_for_no_others(
 
 
 def test_down_leaves_nothing_but_the_run_directories(place: Place, demo: Said) -> None:
-    for name in ("demo", "nan"):
+    for name in ("demo", "own-code"):
         said = place.utaforge("down", name, "--job", place.job(name), "--yes")
         assert said.code == 0, said.text
-    for name in ("demo", "nan", "twice"):
+    for name in ("demo", "own-code", "twice"):
         for kind in NONE_LEFT:
             eventually(lambda kind=kind, name=name: place.objects(kind, name) == [], GONE_SECONDS)
     assert place.run("demo").result is not None

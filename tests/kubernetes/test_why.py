@@ -1,7 +1,7 @@
 """``why`` on a real cluster: each thing that keeps a run from training is made to happen.
 
-What ends one that trains is asked after where it happens: a NaN and a damaged shard in ``test_submit``, pods that are
-taken away in ``test_story``.
+What ends one that trains is asked after where it happens: people's own code and a damaged shard in ``test_submit``, a
+NaN in ``test_retraining``, pods that are taken away in ``test_story``.
 """
 
 import json
