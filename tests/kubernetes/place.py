@@ -47,7 +47,7 @@ cluster:
   code: {root}
   secrets: [utaforge-store, utaforge-mlflow]
 """
-LONG_STEPS = 400
+LONG_STEPS = 320
 LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}", "checkpoint.every=20")
 """Enough steps for something to happen meanwhile."""
 MOST_SECONDS = 1500
@@ -152,9 +152,9 @@ class Place:
         """As a node does that is taken back: whoever is on it has as long as the pod says."""
         self.team.namespace.kubectl("delete", "pod", pod, "--wait=false")
 
-    def take_away(self, *pods: str) -> None:
-        """As nodes do that go without notice."""
-        self.team.namespace.kubectl("delete", "pod", *pods, "--grace-period=1", "--wait=false", "--ignore-not-found")
+    def take_away(self, pod: str) -> None:
+        """As a node does that goes without notice."""
+        self.team.namespace.kubectl("delete", "pod", pod, "--grace-period=1", "--wait=false")
 
     def elsewhere(self, kubeconfig: Path | str, folder: Path) -> Utaforge:
         """The command on another laptop; ``folder`` is an empty one."""
