@@ -106,8 +106,8 @@ def story(place: Place, told: Story, whole: Future[Run]) -> str:
 
     before = told.resumed
     namespace.kubectl("exec", place.pods(NAME, "worker")[0], "--", "python", "-c", EAT, check=False)
-    told.goes_on(before)
     assert "ram_gib" in cause_of(place.run(NAME), "ran out of memory", among=None).cure
+    told.goes_on(before)
 
     namespace.kubectl("exec", place.pods(NAME, "worker")[0], "--", "python", "-c", STOP)
     with pytest.MonkeyPatch.context() as patch:
