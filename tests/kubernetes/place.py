@@ -47,7 +47,7 @@ cluster:
   code: {root}
   secrets: [utaforge-store, utaforge-mlflow]
 """
-LONG_STEPS = 320
+LONG_STEPS = 240
 LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}", "checkpoint.every=20")
 """Enough steps for something to happen meanwhile."""
 MOST_SECONDS = 1500

@@ -19,7 +19,8 @@ from tests.kubernetes.rights import RIGHTS, rights_used
 from tests.kubernetes.same import same_bits
 from tests.kubernetes.situations import cause_of, ended_with_its_first_cluster, gpu_nodes
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("own_code", "damaged", "here")]
+"""What takes long goes on beside all tests."""
 NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
 """Kinds of objects that belong to a run."""
 ACCEPTED = "it goes on when this is closed"
@@ -31,7 +32,17 @@ GONE_SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")
-def demo(place: Place, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Said:
+def own_code(place: Place, images: Images) -> None:
+    """A submission of code that raises, from a laptop that is gone once it is accepted."""
+    code = changed_checkout(place.utaforge.folder / "raising", RAISING)
+    songs = f"data.train=[{{dataset: {place.store}/datasets/own-code}}]"
+    started = place.submit("own-code", "cluster.workers=1", f"cluster.code={code}", songs)
+    started.until(lambda: ACCEPTED in started.text)
+    started.kill_everything()
+
+
+@pytest.fixture(scope="module")
+def demo(place: Place, own_code: None, tmp_path_factory: pytest.TempPathFactory) -> Said:
     """The demo, seen through to its end from a laptop that the API server often answers badly, or not at all."""
     folder = tmp_path_factory.mktemp("laptop")
     with through_a_proxy(kubeconfig_of(place.team, LAUNCHER, folder), folder, BAD_DAY) as (proxy, kubeconfig):
@@ -49,23 +60,15 @@ def here(place: Place, demo: Said) -> Iterator[Future[Run]]:
 
 
 @pytest.fixture(scope="module")
-def faulty(place: Place, demo: Said, here: Future[Run]) -> None:
-    """Two submissions that can only fail, beside another.
-
-    Code that raises, from a laptop that is gone once it is accepted; songs whose bytes were changed, left while the
-    pods run.
-    """
+def damaged(place: Place, demo: Said, here: Future[Run]) -> None:
+    """A submission with songs whose bytes were changed, left while its pods run."""
     for each in place.team.bucket.objects.filter(Prefix="uta/datasets/demo/"):
         content = each.get()["Body"].read()
         copy = each.key.replace("datasets/demo", DAMAGED)
         place.team.bucket.put_object(Key=copy, Body=bytes(len(content)) if copy.endswith(".parquet") else content)
-    code = changed_checkout(place.utaforge.folder / "raising", RAISING)
-    own_code = place.submit("own-code", "cluster.workers=1", f"cluster.code={code}")
-    damaged = place.submit("damaged", "cluster.workers=1", f"data.train=[{{dataset: {place.store}/{DAMAGED}}}]")
-    own_code.until(lambda: ACCEPTED in own_code.text)
-    own_code.kill_everything()
-    damaged.until(lambda: ": running" in damaged.text)
-    assert damaged.interrupt().code == 130
+    started = place.submit("damaged", "cluster.workers=1", f"data.train=[{{dataset: {place.store}/{DAMAGED}}}]")
+    started.until(lambda: ": running" in started.text)
+    assert started.interrupt().code == 130
 
 
 def test_the_demo_ends_on_two_worker_pods_with_adapter_and_songs_in_s3(place: Place, demo: Said) -> None:
@@ -131,7 +134,6 @@ def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods
     assert place.run("twice").status().state == "stopped"
 
 
-@pytest.mark.usefixtures("faulty")
 def test_an_error_of_peoples_own_code_ends_a_run_with_its_first_cluster_though_the_laptop_is_gone(place: Place) -> None:
     followed = place.follow("own-code").end(MOST_SECONDS)
     assert re.search("^run own-code is failed.*: LookupError: 歌がない", followed.text, re.MULTILINE), followed.text
@@ -139,7 +141,6 @@ def test_an_error_of_peoples_own_code_ends_a_run_with_its_first_cluster_though_t
     ended_with_its_first_cluster(place, "own-code")
 
 
-@pytest.mark.usefixtures("faulty")
 def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Place) -> None:
     assert "damaged" in cause_of(place.run("damaged"), "damaged", MOST_SECONDS).what
     assert place.run("damaged").status().state == "failed"
@@ -219,7 +220,7 @@ def test_the_launcher_uses_all_of_its_rights_and_asks_for_no_others(
     assert rights_used(place.proxy.asked) == RIGHTS
 
 
-def test_down_leaves_nothing_but_the_run_directories(place: Place, demo: Said) -> None:
+def test_down_leaves_nothing_but_the_run_directories(place: Place) -> None:
     for name in ("demo", "own-code"):
         said = place.utaforge("down", name, "--job", place.job(name), "--yes")
         assert said.code == 0, said.text
