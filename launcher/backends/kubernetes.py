@@ -24,6 +24,8 @@ LOOK_SECONDS = 5.0
 """How often it is looked for what keeps pods from coming up."""
 LOST_SECONDS = 600.0
 """How long the API server may be out of reach of somebody who follows a run; the run itself does not mind."""
+REFUSED_SECONDS = 20.0
+"""How long it may refuse what it has given before: one that has just started knows nobody's rights yet."""
 ANSWER_SECONDS = 3.0
 """How long a cluster is waited for when only its state is wanted."""
 _COLLECTIONS = {
@@ -156,13 +158,14 @@ class KubernetesJobs:
         self._api.delete(f"{self._path}/{submission}")
 
     def _patiently(self, submission: str) -> Json | None:
-        deadline = time.monotonic() + LOST_SECONDS
+        lost, refused = time.monotonic(), None
         while True:
             try:
                 return self._api.get(f"{self._path}/{submission}")
             except ClusterError as error:
-                for_good = isinstance(error, Refused) and not error.passing
-                if for_good or time.monotonic() > deadline:
+                now = time.monotonic()
+                refused = refused or now if isinstance(error, Refused) and not error.passing else None
+                if now - lost > LOST_SECONDS or (refused and now - refused >= REFUSED_SECONDS):
                     raise ClusterError(f"{error.problem}\n{submission} goes on unseen", error.cure) from None
                 log.debug("asking again: %s", error.problem)
                 time.sleep(POLL_SECONDS)

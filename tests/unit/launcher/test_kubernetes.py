@@ -221,7 +221,23 @@ def test_a_clock_of_ones_own_that_is_ahead_makes_no_run_hang(server: Server, kub
     assert diagnose(gather(run)) == []
 
 
-def test_following_ends_at_once_when_the_credentials_have_expired(server: Server, api: Api, tmp_path: Path) -> None:
+def test_an_api_server_that_has_just_started_and_knows_no_rights_yet_is_asked_again(
+    server: Server, api: Api, tmp_path: Path
+) -> None:
+    run, forbidden = f"file://{tmp_path}/runs/uta", (403, {"message": 'cannot get resource "rayjobs"'})
+    server.answers[f"{RAYJOBS}/uta-abc-2"] = [
+        rayjob(run, "Running", "RUNNING"),
+        forbidden,
+        rayjob(run, "Complete", "SUCCEEDED"),
+    ]
+    assert not any("refused" in line for line in KubernetesJobs("uta", api).follow("uta-abc-2"))
+    assert len(server.answers[f"{RAYJOBS}/uta-abc-2"]) == 1
+
+
+def test_following_ends_when_the_credentials_have_expired(
+    server: Server, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.backends.kubernetes.REFUSED_SECONDS", 0.0)
     server.answers[f"{RAYJOBS}/uta-abc-2"] = [rayjob(f"file://{tmp_path}", "Running"), (401, {"message": "期限切れ"})]
     with pytest.raises(ClusterError, match=r"期限切れ\nuta-abc-2 goes on unseen") as caught:
         list(KubernetesJobs("uta", api).follow("uta-abc-2"))
