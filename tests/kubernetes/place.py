@@ -139,9 +139,9 @@ class Place:
             return self.run(name).newest_commit()
         return 0
 
-    def objects(self, kind: str, run: str) -> list[dict[str, Any]]:
-        """What the API server has of a run."""
-        return self.team.namespace.get(kind, "-l", f"utaforge/run={run}")["items"]
+    def objects(self, kind: str, run: str | None = None) -> list[dict[str, Any]]:
+        """What the API server has of a run, or of all."""
+        return self.team.namespace.get(kind, "-l", f"utaforge/run={run}" if run else "utaforge/run")["items"]
 
     def pods(self, run: str, node_type: str) -> list[str]:
         """Names of its pods of a type that nobody has deleted."""

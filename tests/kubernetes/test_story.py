@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import Run
+from launcher.runs import Run, runs_of
 from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
@@ -40,6 +40,10 @@ for name in glob.glob("/proc/[0-9]*/comm"):
 OUTAGE_SECONDS = 30.0
 HANG_SECONDS = 15.0
 """Of silence that ``why`` takes for a hang here."""
+NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
+"""Kinds of objects that belong to a run."""
+GONE_SECONDS = 300.0
+"""A worker's pod that does not reach its head does not hear that it is to end, and is killed after its two minutes."""
 
 
 class Story:
@@ -156,6 +160,16 @@ def test_mlflow_has_one_run_with_every_step_once(place: Place, story: str) -> No
     experiment = _tracked(place, tracked)["experiment_id"]
     called_so = {"experiment_ids": [experiment], "filter": f"attributes.run_name = '{NAME}'"}
     assert [run["info"]["run_id"] for run in _ask(place, "runs/search", called_so)["runs"]] == [tracked]
+
+
+def test_down_leaves_nothing_but_the_run_directories(place: Place, story: str) -> None:
+    runs = runs_of(place.store).folders()
+    assert NAME in runs
+    said = place.utaforge("down", "--all", "--store", place.store, "--yes")
+    assert said.code == 0, said.text
+    for kind in NONE_LEFT:
+        eventually(lambda kind=kind: place.objects(kind) == [], GONE_SECONDS)
+    assert runs_of(place.store).folders() == runs
 
 
 def _tracked(place: Place, run_id: str) -> Any:
