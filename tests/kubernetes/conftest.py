@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from launcher.runs import Run
 from tests.cluster.conftest import Said
 from tests.kubernetes.cluster.access import RAY_CRD, Cluster
 from tests.kubernetes.cluster.control import environment, up
 from tests.kubernetes.cluster.install import obstacles
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import Images
-from tests.kubernetes.place import Place, a_place
+from tests.kubernetes.place import LONG, STORY, Place, a_place
 from tests.kubernetes.schedule import Schedule, a_schedule
 from tests.kubernetes.songbloom import left_and_reclaimed
 from tests.kubernetes.team import Team, a_team
@@ -29,13 +30,14 @@ FIRST_BESIDE = "test_mlflow"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Pods go to simulated nodes while there are such, and nothing but the story stands it that programs are killed.
 
-    Between the two, what takes long and waits for most of that time goes on beside everything else. Images are built
-    beside the tests that do without.
+    Between the two, what takes long and waits for most of that time goes on beside everything else. Beside the first
+    tests, which do without, images are built and this machine trains.
     """
     items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
     functions = [item for item in items if isinstance(item, pytest.Function)]
-    if any("building" in item.fixturenames for item in functions):
-        functions[0].fixturenames.append("building")
+    used = {fixture for item in functions for fixture in item.fixturenames}
+    for fixture in used & {"building", "whole"}:
+        functions[0].fixturenames.append(fixture)
     stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
         beside = [fixture for module, fixture in BESIDE.items() if module in stems]
@@ -122,3 +124,10 @@ def songbloom(place: Place, building: Images) -> Iterator[Future[tuple[Said, Sai
     """What ``left_and_reclaimed`` gives."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(left_and_reclaimed, place, building)
+
+
+@pytest.fixture(scope="session")
+def whole(place: Place) -> Iterator[Future[Run]]:
+    """The story's run to which nothing happens."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(place.uninterrupted, STORY, *LONG)

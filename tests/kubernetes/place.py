@@ -20,6 +20,7 @@ from tests.cluster.ranks import Ranks, rank_of
 from tests.kubernetes.images import ROOT
 from tests.kubernetes.proxy import Proxy, through_a_proxy
 from tests.kubernetes.team import Team
+from trainer.data.prepare import prepare
 from trainer.spec import StoreError, load_job
 
 STEPS, COMMIT_EVERY = 30, 5
@@ -47,7 +48,7 @@ cluster:
   code: {root}
   secrets: [utaforge-store, utaforge-mlflow]
 """
-LONG_STEPS = 240
+STORY, LONG_STEPS = "sakura", 240
 LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}", "checkpoint.every=20")
 """Enough steps for something to happen meanwhile."""
 MOST_SECONDS = 1500
@@ -114,6 +115,7 @@ class Place:
     def uninterrupted(self, name: str, *overrides: str) -> Run:
         """The same job on the same songs, trained to its end by two ranks without Ray."""
         job = load_job(self.job(name), (*self._on_this_machine(name), *overrides))
+        prepare(job)
         run = create_or_resume(job, plan(job, self.utaforge.folder).as_json()).run
         Ranks(2, self.utaforge.folder, rank_of, run.url, UTAFORGE_HOME=str(self.local.home)).end()
         return run

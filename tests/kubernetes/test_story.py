@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,11 @@ from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import Images
-from tests.kubernetes.place import LONG, MOST_SECONDS, Place
+from tests.kubernetes.place import LONG, MOST_SECONDS, STORY, Place
 from tests.kubernetes.same import same_bits
 from tests.kubernetes.situations import cause_of
 
 pytestmark = pytest.mark.timeout(3600)
-NAME = "sakura"
 EAT = """
 import glob, os, pathlib, time
 for _ in range(3):
@@ -51,7 +50,7 @@ class Story:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.submission = place.submit(NAME, *LONG)
+        self.submission = place.submit(STORY, *LONG)
         self.learns()
 
     @property
@@ -61,8 +60,8 @@ class Story:
 
     def learns(self) -> None:
         """Wait until there is a checkpoint that was not there before."""
-        before = self.place.committed(NAME)
-        self.submission.until(lambda: self.place.committed(NAME) > before)
+        before = self.place.committed(STORY)
+        self.submission.until(lambda: self.place.committed(STORY) > before)
 
     def goes_on(self, before: int) -> None:
         """Wait until ranks have gone on once more than ``before``, and have learnt something."""
@@ -90,37 +89,30 @@ def told(place: Place, cluster: Cluster, images: Images) -> Story:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Place, told: Story) -> Iterator[Future[Run]]:
-    """The run to which nothing happens, beside the other."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(place.uninterrupted, NAME, *LONG)
-
-
-@pytest.fixture(scope="module")
 def story(place: Place, told: Story, whole: Future[Run]) -> str:
     """What the launcher said until the end."""
     namespace = place.team.namespace
 
     namespace.kubectl("scale", "deployment/mlflow", "--replicas=0")
     before = told.resumed
-    place.take_away(place.pods(NAME, "worker")[0])
-    assert "-worker-" in cause_of(place.run(NAME), "a worker was taken away", among=None).evidence
+    place.take_away(place.pods(STORY, "worker")[0])
+    assert "-worker-" in cause_of(place.run(STORY), "a worker was taken away", among=None).evidence
     told.goes_on(before)
     namespace.kubectl("scale", "deployment/mlflow", "--replicas=1")
 
     before = told.resumed
-    namespace.kubectl("exec", place.pods(NAME, "worker")[0], "--", "python", "-c", EAT, check=False)
-    assert "ram_gib" in cause_of(place.run(NAME), "ran out of memory", among=None).cure
+    namespace.kubectl("exec", place.pods(STORY, "worker")[0], "--", "python", "-c", EAT, check=False)
+    assert "ram_gib" in cause_of(place.run(STORY), "ran out of memory", among=None).cure
     told.goes_on(before)
 
-    namespace.kubectl("exec", place.pods(NAME, "worker")[0], "--", "python", "-c", STOP)
+    namespace.kubectl("exec", place.pods(STORY, "worker")[0], "--", "python", "-c", STOP)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launcher.why.QUIET_SECONDS", HANG_SECONDS)
-        assert "rank-" in cause_of(place.run(NAME), "it hangs", among=None).evidence
+        assert "rank-" in cause_of(place.run(STORY), "it hangs", among=None).evidence
 
     before = told.resumed  # of ranks that are not stopped some would end the run before they miss their head
-    place.take_away(place.pods(NAME, "head")[0])
-    assert "KubeRay makes the next one" in cause_of(place.run(NAME), "clusters were lost", among=None).cure
+    place.take_away(place.pods(STORY, "head")[0])
+    assert "KubeRay makes the next one" in cause_of(place.run(STORY), "clusters were lost", among=None).cure
     told.goes_on(before)
 
     with without("ray-operator", "kube-apiserver", "versitygw"):
@@ -132,14 +124,14 @@ def story(place: Place, told: Story, whole: Future[Run]) -> str:
 
 
 def test_it_ends_as_the_run_to_which_nothing_happened(place: Place, story: str, whole: Future[Run]) -> None:
-    same_bits(place.run(NAME), whole.result())
+    same_bits(place.run(STORY), whole.result())
 
 
 def test_one_cluster_was_lost_with_its_head_and_none_besides(place: Place, story: str) -> None:
     assert story.count("cluster 1 of at most 3 was lost") == 1
-    (rayjob,) = place.objects("rayjobs", NAME)
+    (rayjob,) = place.objects("rayjobs", STORY)
     assert rayjob["status"]["failed"] == 1
-    assert place.run(NAME).attempts() == 1
+    assert place.run(STORY).attempts() == 1
 
 
 def test_each_loss_is_told_by_what_it_was(story: str) -> None:
@@ -150,21 +142,21 @@ def test_each_loss_is_told_by_what_it_was(story: str) -> None:
 
 
 def test_mlflow_has_one_run_with_every_step_once(place: Place, story: str) -> None:
-    steps_taken = place.run(NAME).job.train.steps
-    tracked = json.loads(place.run(NAME).store.get("mlflow.json"))["run_id"]
+    steps_taken = place.run(STORY).job.train.steps
+    tracked = json.loads(place.run(STORY).store.get("mlflow.json"))["run_id"]
     place.team.namespace.kubectl("wait", "--for=condition=Available", "deployment/mlflow", "--timeout=290s")
     eventually(lambda: _tracked(place, tracked)["status"] == "FINISHED")
     history = f"metrics/get-history?run_id={tracked}&metric_key=train/loss&max_results=1000"
     steps = [int(point.get("step", 0)) for point in _ask(place, history)["metrics"]]
     assert sorted(steps) == list(range(1, steps_taken + 1))
     experiment = _tracked(place, tracked)["experiment_id"]
-    called_so = {"experiment_ids": [experiment], "filter": f"attributes.run_name = '{NAME}'"}
+    called_so = {"experiment_ids": [experiment], "filter": f"attributes.run_name = '{STORY}'"}
     assert [run["info"]["run_id"] for run in _ask(place, "runs/search", called_so)["runs"]] == [tracked]
 
 
 def test_down_leaves_nothing_but_the_run_directories(place: Place, story: str) -> None:
     runs = runs_of(place.store).folders()
-    assert NAME in runs
+    assert STORY in runs
     said = place.utaforge("down", "--all", "--store", place.store, "--yes")
     assert said.code == 0, said.text
     for kind in NONE_LEFT:
