@@ -25,7 +25,7 @@ LOOK_SECONDS = 5.0
 LOST_SECONDS = 600.0
 """How long the API server may be out of reach of somebody who follows a run; the run itself does not mind."""
 REFUSED_SECONDS = 20.0
-"""How long it may refuse what it has given before: one that has just started knows nobody's rights yet."""
+"""How long it has to refuse somebody who follows a run: one that has just started knows nobody's rights yet."""
 ANSWER_SECONDS = 3.0
 """How long a cluster is waited for when only its state is wanted."""
 _COLLECTIONS = {
@@ -164,7 +164,8 @@ class KubernetesJobs:
                 return self._api.get(f"{self._path}/{submission}")
             except ClusterError as error:
                 now = time.monotonic()
-                refused = refused or now if isinstance(error, Refused) and not error.passing else None
+                for_good = isinstance(error, Refused) and not error.passing
+                refused = (refused or now) if for_good else None
                 if now - lost > LOST_SECONDS or (refused and now - refused >= REFUSED_SECONDS):
                     raise ClusterError(f"{error.problem}\n{submission} goes on unseen", error.cure) from None
                 log.debug("asking again: %s", error.problem)

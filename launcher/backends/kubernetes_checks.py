@@ -201,8 +201,7 @@ def _store(job: Job, secrets: _Secrets) -> Iterator[UtaforgeError]:
     except StoreError as error:
         if OUT_OF_REACH not in error.problem:
             yield ClusterError(
-                f"cluster.secrets: with the keys of the pods: {error.problem}",
-                "put keys into the secret that may read, write and delete there",
+                f"cluster.secrets: with the keys of the pods: {error.problem}", f"for the pods: {error.cure}"
             )
 
 

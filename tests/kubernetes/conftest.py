@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
     functions = [item for item in items if isinstance(item, pytest.Function)]
     used = {fixture for item in functions for fixture in item.fixturenames}
-    for fixture in used & {"building", "whole"}:
+    for fixture in used & ({"building"} if _somebodys() else {"building", "whole"}):
         functions[0].fixturenames.append(fixture)
     stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
@@ -127,7 +127,9 @@ def songbloom(place: Place, building: Images) -> Iterator[Future[tuple[Said, Sai
 
 
 @pytest.fixture(scope="session")
-def whole(place: Place) -> Iterator[Future[Run]]:
+def whole(place: Place, cluster: Cluster) -> Iterator[Future[Run]]:
     """The story's run to which nothing happens."""
+    if not cluster.own:
+        pytest.skip("the story ends programs of the cluster: only for the tests' own")
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(place.uninterrupted, STORY, *LONG)

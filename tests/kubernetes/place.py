@@ -113,7 +113,7 @@ class Place:
         return find_run(self._store_here(name), name)
 
     def uninterrupted(self, name: str, *overrides: str) -> Run:
-        """The same job on the same songs, trained to its end by two ranks without Ray."""
+        """The same job on the same songs, made where they are missing, trained to its end by two ranks without Ray."""
         job = load_job(self.job(name), (*self._on_this_machine(name), *overrides))
         prepare(job)
         run = create_or_resume(job, plan(job, self.utaforge.folder).as_json()).run

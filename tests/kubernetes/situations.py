@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.backends import open_backend
+from launcher.backends.kubernetes import standing
 from launcher.plan import plan
 from launcher.runs import Run, create_or_resume
 from launcher.snapshot import gather
@@ -99,6 +100,6 @@ def cause_of(run: Run, expected: str, seconds: float = 120.0, among: int | None 
 
 def ended_with_its_first_cluster(place: Place, name: str) -> None:
     """Fails unless KubeRay takes the run for one that was stopped, and has paid for no second cluster."""
-    (rayjob,) = place.objects("rayjobs", name)
+    (rayjob,) = eventually(lambda: [each for each in place.objects("rayjobs", name) if standing(each).over])
     assert (rayjob["status"]["jobStatus"], rayjob["status"].get("failed", 0)) == ("STOPPED", 0)
     assert len(place.objects("rayclusters", name)) <= 1

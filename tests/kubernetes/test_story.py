@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.runs import Run, runs_of
-from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import Images
@@ -82,9 +82,7 @@ def without(*programs: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def told(place: Place, cluster: Cluster, images: Images) -> Story:
-    if not cluster.own:
-        pytest.skip("this ends programs of the cluster: only for the tests' own")
+def told(place: Place, images: Images, whole: Future[Run]) -> Story:
     return Story(place)
 
 

@@ -140,6 +140,7 @@ def test_an_error_of_peoples_own_code_ends_a_run_with_its_first_cluster_though_t
 def test_a_damaged_shard_ends_a_run_that_was_left_while_its_pods_ran(place: Place) -> None:
     assert "damaged" in cause_of(place.run("damaged"), "damaged", MOST_SECONDS).what
     assert place.run("damaged").status().state == "failed"
+    ended_with_its_first_cluster(place, "damaged")
 
 
 def test_the_adapter_is_the_one_that_the_local_backend_makes(place: Place, demo: Said, here: Future[Run]) -> None:
