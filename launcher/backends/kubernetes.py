@@ -25,7 +25,7 @@ LOOK_SECONDS = 5.0
 LOST_SECONDS = 600.0
 """How long the API server may be out of reach of somebody who follows a run; the run itself does not mind."""
 REFUSED_SECONDS = 20.0
-"""How long it has to refuse somebody who follows a run: one that has just started knows nobody's rights yet."""
+"""How long it has to refuse what it has given before: one that has just started knows nobody's rights yet."""
 ANSWER_SECONDS = 3.0
 """How long a cluster is waited for when only its state is wanted."""
 _COLLECTIONS = {
@@ -139,7 +139,7 @@ class KubernetesJobs:
 
     def follow(self, submission: str) -> Iterator[str]:
         """See ``Jobs``: the driver's log as the run directory has it, and before there is one, what pods wait for."""
-        rayjob = self._patiently(submission)
+        rayjob = self._patiently(submission, 0.0)
         if rayjob is None:
             return
         lines = _Lines(rayjob)
@@ -151,13 +151,14 @@ class KubernetesJobs:
                 return
             yield from _changes(self._news(rayjob, begun=lines.begun), said)
             time.sleep(POLL_SECONDS)
-            rayjob = self._patiently(submission)
+            rayjob = self._patiently(submission, REFUSED_SECONDS)
 
     def stop(self, submission: str) -> None:
         """See ``Jobs``: without its RayJob nothing of it stays, and KubeRay tells the driver to end first."""
         self._api.delete(f"{self._path}/{submission}")
 
-    def _patiently(self, submission: str) -> Json | None:
+    def _patiently(self, submission: str, refusal_seconds: float) -> Json | None:
+        """The RayJob; raises what has kept it from us for too long, a refusal only if it lasts ``refusal_seconds``."""
         lost, refused = time.monotonic(), None
         while True:
             try:
@@ -166,7 +167,7 @@ class KubernetesJobs:
                 now = time.monotonic()
                 for_good = isinstance(error, Refused) and not error.passing
                 refused = (refused or now) if for_good else None
-                if now - lost > LOST_SECONDS or (refused and now - refused >= REFUSED_SECONDS):
+                if now - lost > LOST_SECONDS or (refused and now - refused >= refusal_seconds):
                     raise ClusterError(f"{error.problem}\n{submission} goes on unseen", error.cure) from None
                 log.debug("asking again: %s", error.problem)
                 time.sleep(POLL_SECONDS)

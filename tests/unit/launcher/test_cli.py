@@ -121,6 +121,19 @@ def test_the_store_of_commands_is_taken_from_the_environment(
     assert "demo" in capsys.readouterr().out
 
 
+def test_following_ends_with_how_the_run_has_ended(
+    job: Callable[..., Job], store: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempted(create_or_resume(job(), {}).run, 1.0)
+    found = create_or_resume(job(), {}).run
+    failure = {"time": 2.0, "attempt": 1, "problem": "音が出ない", "cure": "弦を張る", "exit_code": 6}
+    found.store.put("failure.json", json.dumps(failure, ensure_ascii=False).encode())
+    monkeypatch.setattr(type(found), "live_log", lambda _: iter(["始めます"]))
+    assert run(["logs", "-f", "demo", "--store", store]) == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("始めます\n", "run demo is failed at step 0 of 120: 音が出ない\n")
+
+
 def test_logs_are_told_file_by_file(job: Callable[..., Job], store: str, capsys: pytest.CaptureFixture[str]) -> None:
     made = create_or_resume(job(), {}).run
     made.store.put("logs/driver.log", "始めます\n".encode())
