@@ -104,7 +104,7 @@ class Checkpoints:
             files: contents by name.
             meta: goes into the manifest; JSON, numbers that are not finite become null. ``validation_loss`` decides
                 which are best.
-            before: called first, in the background too (the journal reaches the store before the checkpoint does).
+            before: called first, in the background too (log and journal reach the store before the checkpoint does).
             share: this rank's part, if all ranks save; without it, rank 0 alone does. File names differ between ranks.
 
         Raises:

@@ -63,9 +63,9 @@ def run_rank(run_url: str, notice: Callable[[], bool]) -> bool:
     """
     run = RunDirectory(run_url)
     with tempfile.TemporaryDirectory(prefix="utaforge-rank-") as scratch, ExitStack() as stack:
-        stack.enter_context(_logging(run, _place()[0], Path(scratch)))
+        words = stack.enter_context(_logging(run, _place()[0], Path(scratch)))
         stack.enter_context(_telling_failures(run))
-        rank = _Rank(run, Path(scratch), notice)
+        rank = _Rank(run, Path(scratch), words, notice)
         stack.enter_context(rank.tracking())
         rank.train()
         return rank.done
@@ -74,8 +74,8 @@ def run_rank(run_url: str, notice: Callable[[], bool]) -> bool:
 class _Rank:
     """Everything one rank has; the loop's ``Room``."""
 
-    def __init__(self, run: RunDirectory, scratch: Path, notice: Callable[[], bool]) -> None:
-        self.run, self.job, self.scratch = run, run.job, scratch
+    def __init__(self, run: RunDirectory, scratch: Path, words: Mirror, notice: Callable[[], bool]) -> None:
+        self.run, self.job, self.scratch, self.words = run, run.job, scratch, words
         self.rank, self.world = _place()
         self.family = open_family(self.job.model)
         self.codec = open_codec(self.job.model)
@@ -191,8 +191,13 @@ class _Rank:
             share = Share(self.rank, self.world, self.attempt)
         meta = {"position": position, "world": self.world, "validation_loss": held_out, "losses": self.losses}
         files = {path.name: path for path in sorted(folder.iterdir())}
-        before = self.journal.mirror.now if self.journal else None
-        self.checkpoints.save(step, files, meta, before, share)
+        self.checkpoints.save(step, files, meta, self._tell, share)
+
+    def _tell(self) -> None:
+        """Log and journal reach the store before the checkpoint that follows them: those steps are not made again."""
+        self.words.now()
+        if self.journal:
+            self.journal.mirror.now()
 
     def _finish(self) -> None:
         """Leave the trained weights and the result."""
@@ -314,7 +319,7 @@ def _telling_failures(run: RunDirectory) -> Iterator[None]:
 
 
 @contextmanager
-def _logging(run: RunDirectory, rank: int, scratch: Path) -> Iterator[None]:
+def _logging(run: RunDirectory, rank: int, scratch: Path) -> Iterator[Mirror]:
     """This rank's words are added to ``logs/rank-N.log`` of the run directory, rank 0's to standard output too."""
     name, path = f"logs/rank-{rank}.log", scratch / f"rank-{rank}.log"
     path.write_bytes(run.store.get_or_none(name) or b"")
@@ -330,7 +335,7 @@ def _logging(run: RunDirectory, rank: int, scratch: Path) -> Iterator[None]:
     for handler in (file, screen):
         own.addHandler(handler)
     try:
-        yield
+        yield mirror
     finally:
         for handler in (file, screen):
             own.removeHandler(handler)

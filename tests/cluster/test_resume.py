@@ -196,7 +196,8 @@ def test_logs_of_all_attempts_remain(story: Story) -> None:
     driver, rank = (
         (story.store.run() / "logs" / f"{name}.log").read_text(encoding="utf-8") for name in ("driver", "rank-0")
     )
-    assert "step 1/24 · loss" in rank
+    told = {int(step) for step in re.findall(r"step (\d+)/24 · loss", rank)}
+    assert told == set(range(1, STEPS + 1)), "a commit's steps are told before it is whole: nobody makes them again"
     assert f"going on from step {story.resumed[2]}" in rank
     assert "a rank was lost" in driver
     assert f"going on from step {story.resumed[2]}" in driver
