@@ -4,15 +4,14 @@ import os
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from launcher.runs import Run
 from tests.cluster.conftest import Said
 from tests.kubernetes.cluster.access import RAY_CRD, Cluster
-from tests.kubernetes.cluster.control import environment, up
-from tests.kubernetes.cluster.install import obstacles
+from tests.kubernetes.cluster.control import environment, up, up_engine
+from tests.kubernetes.cluster.install import Say, obstacles
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import Images
 from tests.kubernetes.place import LONG, STORY, Place, a_place
@@ -30,26 +29,20 @@ FIRST_BESIDE = "test_mlflow"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Pods go to simulated nodes while there are such, and nothing but the story stands it that programs are killed.
 
-    Between the two, what takes long and waits for most of that time goes on beside everything else. Beside the first
-    tests, which do without, images are built and this machine trains.
+    Between the two, what takes long and waits for most of that time goes on beside everything else. Images are built
+    from before Kubernetes is up, beside the first tests, which do without; beside these this machine trains, too.
     """
     items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
     functions = [item for item in items if isinstance(item, pytest.Function)]
     used = {fixture for item in functions for fixture in item.fixturenames}
-    for fixture in used & ({"building"} if _somebodys() else {"building", "whole"}):
-        functions[0].fixturenames.append(fixture)
+    if "building" in used:
+        functions[0].fixturenames.insert(0, "building")
+    if "whole" in used and not _somebodys():
+        functions[0].fixturenames.append("whole")
     stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
         beside = [fixture for module, fixture in BESIDE.items() if module in stems]
         functions[stems.index(FIRST_BESIDE)].fixturenames.extend(beside)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Bring the tests' own cluster up before the first test, which has a time limit: from nothing this takes longer."""
-    ours = any(Path(__file__).parent in item.path.parents for item in session.items)
-    if ours and not session.config.option.collectonly and not _somebodys() and not obstacles():
-        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-        up(Layout.of_environment(), terminal.write_line if terminal else print)
 
 
 def _somebodys() -> bool:
@@ -58,7 +51,15 @@ def _somebodys() -> bool:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Cluster:
+def say(pytestconfig: pytest.Config) -> Say:
+    """Tells who watches what goes on."""
+    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    return terminal.write_line if terminal else print
+
+
+@pytest.fixture(scope="session")
+def engine(say: Say) -> Cluster:
+    """The cluster as soon as images can be built and pushed: from nothing, Kubernetes takes minutes more."""
     if _somebodys():
         found = Cluster(os.environ, own=False)
         if RAY_CRD not in found.kubectl("get", "crd", "-o", "name"):
@@ -67,7 +68,16 @@ def cluster() -> Cluster:
     if reasons := obstacles():
         because = f"no cluster can be brought up here: {'; '.join(reasons)}"
         pytest.fail(because) if os.environ.get("CI") else pytest.skip(because)
-    return Cluster(os.environ | environment(Layout.of_environment()), own=True)
+    layout = Layout.of_environment()
+    up_engine(layout, say)
+    return Cluster(os.environ | environment(layout), own=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(engine: Cluster, say: Say) -> Cluster:
+    if engine.own:
+        up(Layout.of_environment(), say)
+    return engine
 
 
 @pytest.fixture
@@ -87,9 +97,9 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def building(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Images:
+def building(engine: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Images:
     """The product's images, of the last commit: known by their names, and built beside what goes on."""
-    return Images(cluster, tmp_path_factory.mktemp("images") / "utaforge")
+    return Images(engine, tmp_path_factory.mktemp("images") / "utaforge")
 
 
 @pytest.fixture(scope="session")

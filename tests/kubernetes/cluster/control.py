@@ -32,14 +32,17 @@ from .layout import Layout
 from .programs import Program, Supervisor
 from .sandbox import Sandbox
 
+ENGINE_PROGRAMS = ("pause", "versitygw")
+KUBERNETES_PROGRAMS = ("kubernetes", "compose", "kwok")
+"""What takes longest to build is begun first."""
 BASE_IMAGE = "debian:bookworm-slim"
 TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 DOCKER = "/usr/bin/docker"
 """Debian's: it builds without plug-ins, which other clients on the path may not."""
 
 
-def up(layout: Layout, say: Say) -> None:
-    """Start what is not running, and return when pods can run.
+def up_engine(layout: Layout, say: Say) -> None:
+    """Start what images are built and stored with: Docker's engine, the registry with a base image, the S3 server.
 
     Raises:
         ClusterError: this machine cannot run a cluster, or a program does not start.
@@ -51,20 +54,33 @@ def up(layout: Layout, say: Say) -> None:
         with _alone(install.cache()), ThreadPoolExecutor() as pool:
             with _phase("packages", say):
                 install.packages(say)
-            base = pool.submit(install.base_image, say)
-            with _phase("programs", say):
-                built = [path for folder in install.programs(say) for path in folder.iterdir()]
-            with _phase("base image", say):
-                archive = base.result()
+            with _phase("base image, S3 server", say):
+                making = pool.submit(install.base_image, say)
+                built = install.programs(ENGINE_PROGRAMS, say)
+                base = making.result()
         _link(layout.programs, [*built, Path(DOCKER)])
-        _link(layout.docker_config / "cli-plugins", [path for path in built if path.name == "docker-compose"])
         sandbox = Sandbox(layout)
         if not sandbox.anchor:
             _end(layout, sandbox)
             for folder in (layout.state, layout.images / "registry"):
                 folder.mkdir(parents=True, exist_ok=True)
             sandbox.open(layout.programs / "pause")
-        _start(layout, sandbox, archive, say)
+        with _phase("etcd, containerd, docker, registry, S3", say):
+            Supervisor(layout, sandbox).start(stages(layout)[0])
+        with _phase("images", say):
+            _push(layout, base, BASE_IMAGE, *(f"ENV {name}={CERTIFICATES}" for name in TRUST), 'CMD ["bash"]')
+            _push(layout, _pause_archive(layout), PAUSE_IMAGE, 'ENTRYPOINT ["/pause"]')
+
+
+def up(layout: Layout, say: Say) -> None:
+    """Start what is not running, and return when pods can run; raises as ``up_engine``."""
+    up_engine(layout, say)
+    with _alone(layout.folder):
+        with _alone(install.cache()), _phase("programs", say):
+            built = install.programs(KUBERNETES_PROGRAMS, say)
+        _link(layout.programs, built)
+        _link(layout.docker_config / "cli-plugins", [path for path in built if path.name == "docker-compose"])
+        _start_kubernetes(layout, Supervisor(layout, Sandbox(layout)), say)
 
 
 def down(layout: Layout) -> None:
@@ -130,16 +146,9 @@ def _programs(layout: Layout) -> list[Program]:
     return [program for stage in stages(layout) for program in stage] + operators(layout)
 
 
-def _start(layout: Layout, sandbox: Sandbox, base: Path, say: Say) -> None:
-    supervisor = Supervisor(layout, sandbox)
-    first, *rest = stages(layout)
-    with _phase("etcd, containerd, docker, registry, S3", say):
-        supervisor.start(first)
-    with _phase("images", say):
-        _push(layout, base, BASE_IMAGE, *(f"ENV {name}={CERTIFICATES}" for name in TRUST), 'CMD ["bash"]')
-        _push(layout, _pause_archive(layout), PAUSE_IMAGE, 'ENTRYPOINT ["/pause"]')
+def _start_kubernetes(layout: Layout, supervisor: Supervisor, say: Say) -> None:
     with _phase("Kubernetes", say):
-        for stage in rest:
+        for stage in stages(layout)[1:]:
             supervisor.start(stage)
     with _phase("KubeRay, kwok", say):
         extras = operators(layout)

