@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 
@@ -52,9 +53,14 @@ def _somebodys() -> bool:
 
 @pytest.fixture(scope="session")
 def say(pytestconfig: pytest.Config) -> Say:
-    """Tells who watches what goes on."""
-    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    return terminal.write_line if terminal else print
+    """Tells who watches what goes on, although tests' output is kept from them."""
+    capture = pytestconfig.pluginmanager.get_plugin("capturemanager")
+
+    def line(text: str) -> None:
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            print(text, flush=True)
+
+    return line
 
 
 @pytest.fixture(scope="session")

@@ -104,11 +104,11 @@ def _stand_ins(cluster: Cluster) -> dict[str, str]:
     """Variables that name images made here, where the public ones cannot be pulled."""
     if not cluster.own:
         return {}
-    versitygw = next(folder for folder in programs(print) if (folder / "versitygw").exists())
+    (versitygw,) = programs(["versitygw"], print)
     return {
         "MLFLOW_IMAGE": stand_in(cluster, "mlflow"),
         "POSTGRES_IMAGE": stand_in(cluster, "postgresql"),
-        "S3_IMAGE": stand_in(cluster, "versitygw", versitygw),
+        "S3_IMAGE": stand_in(cluster, "versitygw", versitygw.parent),
     }
 
 
