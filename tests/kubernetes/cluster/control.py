@@ -37,6 +37,7 @@ KUBERNETES_PROGRAMS = ("kubernetes", "compose", "kwok")
 """What takes longest to build is begun first."""
 BASE_IMAGE = "debian:bookworm-slim"
 TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+WORTH_TELLING_SECONDS = 0.5
 DOCKER = "/usr/bin/docker"
 """Debian's: it builds without plug-ins, which other clients on the path may not."""
 
@@ -231,4 +232,5 @@ def _alone(folder: Path) -> Iterator[None]:
 def _phase(name: str, say: Say) -> Iterator[None]:
     start = time.monotonic()
     yield
-    say(f"{time.monotonic() - start:6.1f} s  {name}")
+    if (seconds := time.monotonic() - start) >= WORTH_TELLING_SECONDS:
+        say(f"{seconds:6.1f} s  {name}")

@@ -33,6 +33,7 @@ PACKAGES = {
     "/usr/bin/docker-registry": "docker-registry",
     "/usr/sbin/debootstrap": "debootstrap",
     "/usr/sbin/iptables": "iptables",
+    "/usr/bin/unpigz": "pigz",
 }
 SERVICES = {
     "etcd-server": ("etcd",),
