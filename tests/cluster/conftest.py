@@ -118,6 +118,7 @@ class Utaforge:
             **(environment or {}),
         }
         self._commands = 0
+        _hear_ctrl_c()
 
     @property
     def mlflow(self) -> str:
@@ -136,7 +137,6 @@ class Utaforge:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_hear_ctrl_c,
             )
         return Started(process, log)
 
@@ -209,8 +209,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _hear_ctrl_c() -> None:
-    """A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+
+    Not by ``preexec_fn``: a true fork ends OpenBLAS's threads, and whoever computes beside it waits for them for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

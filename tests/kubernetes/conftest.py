@@ -116,8 +116,14 @@ def images(building: Images) -> Images:
 
 
 @pytest.fixture(scope="session")
-def team(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    with a_team(cluster, tmp_path_factory.mktemp("team")) as made:
+def stand_ins(engine: Cluster, request: pytest.FixtureRequest) -> dict[str, str]:
+    """Public images → what takes their places in a registry of the tests'; nothing does where there is none."""
+    return request.getfixturevalue("building").stand_ins if "UTAFORGE_TEST_REGISTRY" in engine.environment else {}
+
+
+@pytest.fixture(scope="session")
+def team(cluster: Cluster, stand_ins: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    with a_team(cluster, stand_ins, tmp_path_factory.mktemp("team")) as made:
         yield made
 
 

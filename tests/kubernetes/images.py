@@ -1,4 +1,4 @@
-"""The product's images, built by ``make image`` and pushed to the cluster's registry."""
+"""The product's images, as ``make image`` builds and pushes them, and what stands in for public ones."""
 
 import json
 import subprocess
@@ -12,23 +12,38 @@ from tests.kubernetes.cluster.control import DOCKER
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = Path(__file__).parent / "dockerfiles"
 TAG = "test"
+STAND_INS = {"ghcr.io/mlflow/mlflow": "mlflow", "postgres": "postgresql"}
+"""A public image of the manifests → the Dockerfile of what stands in for it."""
 CONFINED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
 
 
 class Images:
-    """``make image`` in a clone of the last commit, begun at once, and the engine that holds what it builds."""
+    """``make image`` in a clone of the last commit, begun at once, and the engine that holds what it builds.
+
+    Attributes:
+        commit: the last one.
+    """
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.folder = folder
-        self.registry = cluster.registry
-        self.environment = dict(cluster.environment)
+        self.registry, self.base = cluster.registry, cluster.image
+        self.environment = {**cluster.environment, "DOCKER_BUILDKIT": "1"}
         self.run("git", "clone", "--quiet", ROOT, folder)
         self.commit = self.run("git", "-C", folder, "rev-parse", "HEAD").strip()
-        self._building = ThreadPoolExecutor(1).submit(self.build, TAG)
+        self._building = ThreadPoolExecutor(1).submit(self._build_all)
 
     def wait(self) -> None:
-        """Until both are built and pushed; fails as ``build`` does."""
+        """Until all are built and pushed; fails as ``build`` does."""
         self._building.result()
+
+    @property
+    def stand_ins(self) -> dict[str, str]:
+        """A public image of the manifests → what takes its place where nothing can be pulled; once they are built."""
+        return self._building.result()
+
+    def _build_all(self) -> dict[str, str]:
+        self.build(TAG)
+        return {public: self.stand_in(name) for public, name in STAND_INS.items()}
 
     def build(self, tag: str) -> None:
         """Build and push both."""
@@ -36,6 +51,15 @@ class Images:
             *("make", "--directory", self.folder, "image", f"TAG={tag}", f"REGISTRY={self.registry}", "PUSH=1"),
             *("BUILD=--network host", "SOURCE=https://example.org/歌", f"UTAFORGE_HOME={self.folder}/.utaforge"),
         )
+
+    def stand_in(self, name: str, context: Path = DOCKERFILES) -> str:
+        """Build and push it; its name as pods pull it."""
+        image = f"{self.registry}/utaforge-test-{name}:latest"
+        arguments = (f"--build-arg=BASE={self.base}", f"--build-arg=TRAINER={self.name('trainer')}")
+        file = f"--file={DOCKERFILES / name}.Dockerfile"
+        self.run(DOCKER, "build", "--network=host", *arguments, file, f"--tag={image}", context)
+        self.run(DOCKER, "push", image)
+        return image
 
     def name(self, image: str, tag: str = TAG) -> str:
         """Of ``trainer`` or ``launcher``, as pods pull it."""
@@ -61,14 +85,3 @@ class Images:
         )
         assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
-
-
-def stand_in(cluster: Cluster, name: str, context: Path = DOCKERFILES) -> str:
-    """What takes a public image's place where nothing can be pulled; built, pushed, and named as pods pull it."""
-    image = f"{cluster.registry}/utaforge-test-{name}:latest"
-    file, base = f"--file={DOCKERFILES / name}.Dockerfile", f"--build-arg=BASE={cluster.image}"
-    environment = {**cluster.environment, "DOCKER_BUILDKIT": "1"}
-    for command in (["build", "--network=host", base, file, f"--tag={image}", str(context)], ["push", image]):
-        done = subprocess.run([DOCKER, *command], env=environment, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    return image

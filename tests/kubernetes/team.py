@@ -11,11 +11,8 @@ from typing import Any
 import boto3
 
 from tests.kubernetes.cluster.access import Cluster
-from tests.kubernetes.images import stand_in
 from tests.kubernetes.overlay import Namespace, of_kind
 
-STAND_INS = {"ghcr.io/mlflow/mlflow": "mlflow", "postgres": "postgresql"}
-"""A default image → the Dockerfile of what stands in for it where tests have a registry of their own."""
 ARTIFACTS = "歌"
 """Where MLflow keeps them in the bucket."""
 ASK = """
@@ -80,11 +77,14 @@ class Team:
 
 
 @contextmanager
-def a_team(cluster: Cluster, scratch: Path) -> Iterator[Team]:
-    """A team in ``cluster``, with a bucket of its own; ``scratch`` is an empty folder."""
-    images: dict[str, str] = {}
-    if "UTAFORGE_TEST_REGISTRY" in cluster.environment:
-        images = {public: stand_in(cluster, name) for public, name in STAND_INS.items()}
+def a_team(cluster: Cluster, images: Mapping[str, str], scratch: Path) -> Iterator[Team]:
+    """A team in ``cluster``, with a bucket of its own.
+
+    Args:
+        cluster: where.
+        images: what takes the places of public ones.
+        scratch: an empty folder.
+    """
     with _bucket(cluster) as bucket:
         namespace = Namespace(cluster)
         region = bucket.meta.client.meta.region_name

@@ -14,7 +14,7 @@ from mlflow.artifacts import load_text
 
 from tests.kubernetes.cluster.access import Cluster
 from tests.kubernetes.cluster.install import programs
-from tests.kubernetes.images import ROOT, stand_in
+from tests.kubernetes.images import ROOT, Images
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -50,13 +50,17 @@ class Services:
 
 
 @pytest.fixture(scope="module")
-def services(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+def services(
+    cluster: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Services]:
     environment = dict(cluster.environment)
     compose = subprocess.run(["docker", "compose", "version"], env=environment, capture_output=True, check=False)
     if compose.returncode != 0:
         assert not cluster.own, compose.stderr
         pytest.skip("Docker has no compose plug-in here")
-    found = Services(environment | _stand_ins(cluster), tmp_path_factory.mktemp("services") / "utaforge")
+    if cluster.own:
+        environment |= _stand_ins(request.getfixturevalue("images"))
+    found = Services(environment, tmp_path_factory.mktemp("services") / "utaforge")
     try:
         found.make("up")
         yield found
@@ -100,15 +104,13 @@ def test_other_hosts_names_are_refused(services: Services) -> None:
     assert requests.get(url, headers={"Host": "uta.example"}, timeout=10).status_code == 403
 
 
-def _stand_ins(cluster: Cluster) -> dict[str, str]:
+def _stand_ins(images: Images) -> dict[str, str]:
     """Variables that name images made here, where the public ones cannot be pulled."""
-    if not cluster.own:
-        return {}
     (versitygw,) = programs(["versitygw"], print)
     return {
-        "MLFLOW_IMAGE": stand_in(cluster, "mlflow"),
-        "POSTGRES_IMAGE": stand_in(cluster, "postgresql"),
-        "S3_IMAGE": stand_in(cluster, "versitygw", versitygw.parent),
+        "MLFLOW_IMAGE": images.stand_ins["ghcr.io/mlflow/mlflow"],
+        "POSTGRES_IMAGE": images.stand_ins["postgres"],
+        "S3_IMAGE": images.stand_in("versitygw", versitygw.parent),
     }
 
 
