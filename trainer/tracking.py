@@ -43,11 +43,9 @@ log = logging.getLogger(__name__)
 JOURNAL = "metrics.jsonl"
 MLFLOW = "mlflow.json"
 DRAIN_SECONDS = 30.0
-DELIVERY_SECONDS = 5.0
+POLL_SECONDS = 2.0
 """Between two requests: each costs a server with passwords 70 ms of CPU for the check alone (scrypt)."""
 LONGEST_PAUSE = 10.0
-LOOK_SECONDS = 0.5
-"""Between two looks at the journal's end, which is told at once."""
 SYNC_PAUSES = (2.0, 5.0)
 End = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -201,11 +199,10 @@ def follow(run_url: str, journal: Path, parent: int) -> bool:
     Returns:
         Whether MLflow has all of it.
     """
-    replay, offset, pause, next_try = Replay(run_url), 0, DELIVERY_SECONDS, 0.0
+    replay, offset, pause, next_try = Replay(run_url), 0, POLL_SECONDS, 0.0
     while True:
         orphaned = os.getppid() != parent
-        in_reach = pause == DELIVERY_SECONDS
-        if orphaned or time.monotonic() >= next_try or (in_reach and _has_ended(journal)):
+        if orphaned or time.monotonic() >= next_try:
             try:
                 for entries, offset_after in _batches(journal, offset):
                     ended = replay.deliver(entries)
@@ -215,17 +212,17 @@ def follow(run_url: str, journal: Path, parent: int) -> bool:
                 if orphaned:
                     replay.interrupted()
                     return True
-                if not in_reach:
+                if pause > POLL_SECONDS:
                     log.info("MLflow is within reach again")
-                pause = DELIVERY_SECONDS
+                pause = POLL_SECONDS
             except _outages() as error:
-                if in_reach:
+                if pause == POLL_SECONDS:
                     log.warning("MLflow at %s is out of reach, trying on: %s", _public(replay.uri), _brief(error))
                 pause = min(2 * pause, LONGEST_PAUSE)
-            next_try = time.monotonic() + pause
+                next_try = time.monotonic() + pause
         if orphaned:
             return False
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 class Replay:
@@ -414,13 +411,6 @@ def _batches(journal: Path, offset: int, lines: int = 200) -> Iterator[tuple[lis
         while batch := whole_lines(file, offset, lines):
             offset += sum(map(len, batch))
             yield [json.loads(line) for line in batch], offset
-
-
-def _has_ended(journal: Path) -> bool:
-    """Whether the last whole line says how the run ended."""
-    with journal.open("rb") as file:
-        file.seek(-min(200, journal.stat().st_size), os.SEEK_END)
-        return b'"end"' in file.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
 
 
 def whole_lines(file: IO[bytes], offset: int, most: int) -> list[bytes]:
