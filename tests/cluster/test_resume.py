@@ -4,11 +4,13 @@ One job is run twice: to its end without a break and without Ray, and in another
 """
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -96,6 +98,22 @@ def whole(utaforge: Utaforge) -> Store:
     return made
 
 
+def gone_with_its_first_commit(run_url: str) -> None:
+    """A rank that is cut off when a checkpoint is whole, long before the clock has its log copied."""
+    from trainer import mirror
+    from trainer.checkpoint import Checkpoints
+    from trainer.worker import run_rank
+
+    publish = Checkpoints._publish
+
+    def publish_and_die(*arguments: Any) -> None:
+        publish(*arguments)
+        os._exit(0)
+
+    mirror.SECONDS, Checkpoints._publish = 3600.0, publish_and_die
+    run_rank(run_url, lambda: False)
+
+
 @dataclass(frozen=True)
 class Story:
     """The run that was killed three times.
@@ -155,6 +173,16 @@ def story(utaforge: Utaforge, whole: Store) -> Story:
     third = utaforge("submit", str(made.job), "--yes")
     note(third.text, third.code)
     return told
+
+
+def test_a_rank_that_is_gone_with_its_first_commit_leaves_what_it_said(utaforge: Utaforge, whole: Store) -> None:
+    made = store(utaforge, "gone")
+    job = load_job(str(made.job))
+    run = create_or_resume(job, plan(job).as_json()).run
+    Ranks(1, made.folder, gone_with_its_first_commit, run.url, UTAFORGE_HOME=str(utaforge.home)).end()
+    assert made.commits() == [4]
+    assert "step 4/24 · loss" in (made.run() / "logs/rank-0.log").read_text(encoding="utf-8")
+    assert [step for step, _, _ in made.values("train/loss")] == [1, 2, 3, 4]
 
 
 def test_an_uninterrupted_run_tells_every_step_once(whole: Store) -> None:

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Pods go to simulated nodes while there are such, and nothing but the story stands it that programs are killed.
 
     Between the two, what takes long and waits for most of that time goes on beside everything else. Images are built
-    from before Kubernetes is up, beside the first tests, which do without; beside these this machine trains, too.
+    while Kubernetes comes up, and this machine trains beside the first tests.
     """
     items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
     functions = [item for item in items if isinstance(item, pytest.Function)]
@@ -142,10 +142,10 @@ def retraining(place: Place, building: Images, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def songbloom(place: Place, building: Images) -> Iterator[Future[tuple[Said, Said]]]:
+def songbloom(place: Place) -> Iterator[Future[tuple[Said, Said]]]:
     """What ``left_and_reclaimed`` gives."""
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(left_and_reclaimed, place, building)
+        yield pool.submit(left_and_reclaimed, place)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tests.cluster.conftest import Said
-from tests.kubernetes.images import ROOT, Images
+from tests.kubernetes.images import ROOT
 from tests.kubernetes.place import MOST_SECONDS, Place, as_options, changed_checkout
 
 JOB = ROOT / "jobs" / "songbloom_ja.yaml"
@@ -19,12 +19,11 @@ SUNG = {
 """Module of the trainer → what it says, and what it says in this job's checkout alone."""
 
 
-def left_and_reclaimed(place: Place, building: Images) -> tuple[Said, Said]:
+def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
     """Submit it, leave at its first step, and take a worker away with notice; what was said before Ctrl-C, and after.
 
     Its image comes from a registry that wants a login where there is one, its trainer from a checkout that was changed.
     """
-    building.wait()
     overrides = (
         f"store={place.store}",
         "model.pretrained=random:tiny",
