@@ -266,7 +266,8 @@ def test_after_all_deaths_one_mlflow_run_holds_the_same_history(whole: Store, st
     for key in learnt:
         assert history(client, found.info.run_id, key) == history(client, expected.info.run_id, key)
     assert [step for step, _ in history(client, found.info.run_id, "train/loss")] == list(range(1, STEPS + 1))
-    assert len(client.search_runs([found.info.experiment_id])) == 2
+    same = f"tags.`utaforge.run` = '{found.data.tags['utaforge.run']}'"
+    assert len(client.search_runs([found.info.experiment_id], same)) == 1
 
 
 def test_a_finished_job_starts_a_new_run_and_says_so_and_ctrl_c_leaves_nothing(
