@@ -48,9 +48,11 @@ cluster:
   code: {root}
   secrets: [utaforge-store, utaforge-mlflow]
 """
-STORY, LONG_STEPS = "sakura", 240
-LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}", "checkpoint.every=20")
-"""Enough steps for something to happen meanwhile."""
+STORY, LONG_STEPS = "sakura", 120
+LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}", "train.batch.seconds=20")
+"""Enough steps for something to happen meanwhile, if they are ``SLOW``."""
+SLOW = {"loop.py": ("        result = engine.step(", "        time.sleep(0.4)\n        result = engine.step(")}
+"""A checkout whose steps take time and no cores."""
 MOST_SECONDS = 1500
 """Of one run: images are pulled, and a cluster may be lost."""
 LAUNCHER = "utaforge-launcher"

@@ -14,7 +14,7 @@ from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import Images
-from tests.kubernetes.place import LONG, MOST_SECONDS, STORY, Place
+from tests.kubernetes.place import LONG, MOST_SECONDS, SLOW, STORY, Place, changed_checkout
 from tests.kubernetes.same import same_bits
 from tests.kubernetes.situations import cause_of
 
@@ -50,7 +50,8 @@ class Story:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.submission = place.submit(STORY, *LONG)
+        slow = changed_checkout(place.utaforge.folder / "slow", SLOW)
+        self.submission = place.submit(STORY, *LONG, f"cluster.code={slow}")
         self.learns()
 
     @property

@@ -7,7 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -29,14 +29,12 @@ class Program:
         argv: its command line.
         healthy: says whether it does its work.
         network: whether it lives in the cluster's network, rather than in this machine's.
-        environment: added to this process's.
     """
 
     name: str
     argv: tuple[str | Path, ...]
     healthy: Callable[[], bool]
     network: bool = True
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 class Supervisor:
@@ -75,7 +73,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | program.environment,
+                env=os.environ | {"GOGC": "400"},  # memory is there to spare, cores are not
             )
         record(self._record(program), process.pid)
 
