@@ -2,8 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 import pytest
@@ -18,6 +18,7 @@ from tests.kubernetes.images import Images
 from tests.kubernetes.place import LONG, STORY, Place, a_place
 from tests.kubernetes.schedule import Schedule, a_schedule
 from tests.kubernetes.songbloom import left_and_reclaimed
+from tests.kubernetes.story import Story, told_until_held
 from tests.kubernetes.team import Team, a_team
 
 BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom"}
@@ -42,8 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         functions[0].fixturenames.append("whole")
     stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
-        beside = [fixture for module, fixture in BESIDE.items() if module in stems]
+        beside = [*_beside(stems), *(["held"] if "held" in used and not _somebodys() else [])]
         functions[stems.index(FIRST_BESIDE)].fixturenames.extend(beside)
+
+
+def _beside(stems: Container[str]) -> list[str]:
+    return [fixture for module, fixture in BESIDE.items() if module in stems]
 
 
 def _somebodys() -> bool:
@@ -155,3 +160,17 @@ def whole(place: Place, cluster: Cluster) -> Iterator[Future[Run]]:
         pytest.skip("the story ends programs of the cluster: only for the tests' own")
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(place.uninterrupted, STORY, *LONG)
+
+
+@pytest.fixture(scope="session")
+def held(place: Place, whole: Future[Run], request: pytest.FixtureRequest) -> Iterator[Future[Story]]:
+    """The story until it is held, told once the node's memory has room for it."""
+    stems = {item.path.stem for item in request.session.items}
+    others = [request.getfixturevalue(fixture) for fixture in _beside(stems)]
+
+    def told() -> Story:
+        wait(others)
+        return told_until_held(place)
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(told)

@@ -87,7 +87,7 @@ class Situations:
                 run.cancel()
 
 
-def cause_of(run: Run, expected: str, seconds: float = 120.0, among: int | None = 1) -> Cause:
+def cause_of(run: Run, expected: str, seconds: float = 300.0, among: int | None = 1) -> Cause:
     """The cause that says ``expected``, once it is ``among`` the likeliest (None: among all), or fails."""
 
     def found() -> Cause | None:
