@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
@@ -21,11 +21,13 @@ from tests.kubernetes.songbloom import left_and_reclaimed
 from tests.kubernetes.story import Story, told_until_held
 from tests.kubernetes.team import Team, a_team
 
-BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom"}
+BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom", "test_story": "held"}
 """Modules whose tests ask what has come of a fixture that works beside other tests."""
 ORDER = ["test_placement", "test_mlflow", "test_services", "test_manifests", "test_cluster", "test_images", "test_why",
-         "test_submit", *BESIDE, "test_story"]  # fmt: skip
+         "test_submit", *BESIDE]  # fmt: skip
 FIRST_BESIDE = "test_mlflow"
+OWN = {"whole", "held"}
+"""Fixtures that somebody's cluster does without."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,18 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
     functions = [item for item in items if isinstance(item, pytest.Function)]
     used = {fixture for item in functions for fixture in item.fixturenames}
+    if _somebodys():
+        used -= OWN
     if "building" in used:
         functions[0].fixturenames.insert(0, "building")
-    if "whole" in used and not _somebodys():
+    if "whole" in used:
         functions[0].fixturenames.append("whole")
     stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
-        beside = [*_beside(stems), *(["held"] if "held" in used and not _somebodys() else [])]
-        functions[stems.index(FIRST_BESIDE)].fixturenames.extend(beside)
-
-
-def _beside(stems: Container[str]) -> list[str]:
-    return [fixture for module, fixture in BESIDE.items() if module in stems]
+        functions[stems.index(FIRST_BESIDE)].fixturenames.extend(name for name in BESIDE.values() if name in used)
 
 
 def _somebodys() -> bool:
@@ -163,13 +162,13 @@ def whole(place: Place, cluster: Cluster) -> Iterator[Future[Run]]:
 
 
 @pytest.fixture(scope="session")
-def held(place: Place, whole: Future[Run], request: pytest.FixtureRequest) -> Iterator[Future[Story]]:
+def held(
+    place: Place, whole: Future[Run], retraining: Future[Schedule], songbloom: Future[tuple[Said, Said]]
+) -> Iterator[Future[Story]]:
     """The story until it is held, told once the node's memory has room for it."""
-    stems = {item.path.stem for item in request.session.items}
-    others = [request.getfixturevalue(fixture) for fixture in _beside(stems)]
 
     def told() -> Story:
-        wait(others)
+        wait((retraining, songbloom))
         return told_until_held(place)
 
     with ThreadPoolExecutor(1) as pool:
