@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 
 from launcher.plan import plan
 from launcher.runs import create_or_resume
-from tests.cluster.conftest import Started, Utaforge
+from tests.cluster.conftest import Started, Utaforge, eventually
 from tests.cluster.ranks import Ranks, rank_of
-from tests.kubernetes.cluster.access import eventually
 from trainer.data.prepare import prepare
 from trainer.spec import load_job
 
