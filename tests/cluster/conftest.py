@@ -56,7 +56,7 @@ class Started:
         """What it has said so far."""
         return self._log.read_text(encoding="utf-8")
 
-    def until(self, condition: Callable[[], T], seconds: float = 600.0) -> T:
+    def until(self, condition: Callable[[], T]) -> T:
         """Wait for ``condition``; fails if the command ends before."""
 
         def met() -> T:
@@ -64,7 +64,7 @@ class Started:
             assert value or self._popen.poll() is None, f"the command has ended:\n{self.text}"
             return value
 
-        return eventually(met, seconds)
+        return eventually(met, 600)
 
     def end(self, seconds: float = 1200) -> Said:
         """Wait for its end."""
