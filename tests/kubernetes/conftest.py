@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -23,9 +23,11 @@ from tests.kubernetes.team import Team, a_team
 
 BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom", "test_story": "held"}
 """Modules whose tests ask what has come of a fixture that works beside other tests."""
-ORDER = ["test_placement", "test_mlflow", "test_services", "test_manifests", "test_cluster", "test_images", "test_why",
+ORDER = ["test_placement", "test_manifests", "test_cluster", "test_mlflow", "test_services", "test_images", "test_why",
          "test_submit", *BESIDE]  # fmt: skip
-FIRST_BESIDE = "test_mlflow"
+FIRST_BESIDE = "test_manifests"
+HERE = ("whole", "here")
+"""Runs of this machine, which need no images."""
 OWN = {"whole", "held"}
 """Fixtures that somebody's cluster does without."""
 
@@ -34,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Pods go to simulated nodes while there are such, and nothing but the story stands it that programs are killed.
 
     Between the two, what takes long and waits for most of that time goes on beside everything else. Images are built
-    while Kubernetes comes up, and this machine trains beside the first tests.
+    while Kubernetes comes up, this machine trains and tests go on that do without.
     """
     items.sort(key=lambda item: [*ORDER, item.path.stem].index(item.path.stem))
     functions = [item for item in items if isinstance(item, pytest.Function)]
@@ -43,8 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         used -= OWN
     if "building" in used:
         functions[0].fixturenames.insert(0, "building")
-    if "whole" in used:
-        functions[0].fixturenames.append("whole")
+    functions[0].fixturenames.extend(name for name in HERE if name in used)
     stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
         functions[stems.index(FIRST_BESIDE)].fixturenames.extend(name for name in BESIDE.values() if name in used)
@@ -132,33 +133,76 @@ def team(cluster: Cluster, stand_ins: dict[str, str], tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
+def opening(team: Team, building: Images) -> Iterator[Future[None]]:
+    """Until pods can pull what they run, and reach MLflow."""
+
+    def opened() -> None:
+        building.wait()
+        team.bring_up_mlflow()
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(opened)
+
+
+@pytest.fixture(scope="session")
+def opened(opening: Future[None]) -> None:
+    """Runs can be sent."""
+    opening.result()
+
+
+@pytest.fixture(scope="session")
 def place(team: Team, building: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Where the team's runs are submitted to; pods can come up with ``images`` only."""
+    """Where the team's runs are submitted to; they can begin once it is ``opened``."""
     with a_place(team, building.name("trainer"), tmp_path_factory.mktemp("uta")) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-def retraining(place: Place, building: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Schedule]]:
+def retraining(
+    place: Place, building: Images, opening: Future[None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[Schedule]]:
     """What a CronJob does, once it has done all."""
-    with a_schedule(place, building, tmp_path_factory.mktemp("毎週")) as told:
-        yield told
+    schedule = a_schedule(place, building, tmp_path_factory.mktemp("毎週"))
 
+    def told() -> Schedule:
+        opening.result()
+        return schedule.tell()
 
-@pytest.fixture(scope="session")
-def songbloom(place: Place) -> Iterator[Future[tuple[Said, Said]]]:
-    """What ``left_and_reclaimed`` gives."""
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(left_and_reclaimed, place)
+        yield pool.submit(told)
 
 
 @pytest.fixture(scope="session")
-def whole(place: Place, cluster: Cluster) -> Iterator[Future[Run]]:
+def songbloom(place: Place, opening: Future[None]) -> Iterator[Future[tuple[Said, Said]]]:
+    """What ``left_and_reclaimed`` gives."""
+
+    def told() -> tuple[Said, Said]:
+        opening.result()
+        return left_and_reclaimed(place)
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(told)
+
+
+@pytest.fixture(scope="session")
+def this_machine() -> Iterator[ThreadPoolExecutor]:
+    """It trains one run at a time."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def whole(place: Place, cluster: Cluster, this_machine: ThreadPoolExecutor) -> Future[Run]:
     """The story's run to which nothing happens."""
     if not cluster.own:
         pytest.skip("the story ends programs of the cluster: only for the tests' own")
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(place.uninterrupted, STORY, *LONG)
+    return this_machine.submit(place.uninterrupted, STORY, *LONG)
+
+
+@pytest.fixture(scope="session")
+def here(place: Place, this_machine: ThreadPoolExecutor) -> Future[Run]:
+    """The demo with the local backend."""
+    return this_machine.submit(place.here, "demo")
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +212,8 @@ def held(
     """The story until it is held, told once the node's memory has room for it."""
 
     def told() -> Story:
-        wait((retraining, songbloom))
+        for smaller in (retraining, songbloom):
+            smaller.exception()  # whatever comes of it, it is over then
         return told_until_held(place)
 
     with ThreadPoolExecutor(1) as pool:

@@ -12,8 +12,7 @@ from tests.kubernetes.cluster.control import DOCKER
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = Path(__file__).parent / "dockerfiles"
 TAG = "test"
-STAND_INS = {"ghcr.io/mlflow/mlflow": "mlflow", "postgres": "postgresql"}
-"""A public image of the manifests → the Dockerfile of what stands in for it."""
+BUILD = "--network=host"
 CONFINED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
 
 
@@ -22,6 +21,7 @@ class Images:
 
     Attributes:
         commit: the last one.
+        stand_ins: a public image of the manifests → what takes its place where nothing can be pulled.
     """
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
@@ -30,36 +30,46 @@ class Images:
         self.environment = {**cluster.environment, "DOCKER_BUILDKIT": "1"}
         self.run("git", "clone", "--quiet", ROOT, folder)
         self.commit = self.run("git", "-C", folder, "rev-parse", "HEAD").strip()
+        self.stand_ins = {
+            "ghcr.io/mlflow/mlflow": self._name_of_stand_in("mlflow"),
+            "postgres": self._name_of_stand_in("postgresql"),
+        }
         self._building = ThreadPoolExecutor(1).submit(self._build_all)
 
     def wait(self) -> None:
         """Until all are built and pushed; fails as ``build`` does."""
         self._building.result()
 
-    @property
-    def stand_ins(self) -> dict[str, str]:
-        """A public image of the manifests → what takes its place where nothing can be pulled; once they are built."""
-        return self._building.result()
-
-    def _build_all(self) -> dict[str, str]:
-        self.build(TAG)
-        return {public: self.stand_in(name) for public, name in STAND_INS.items()}
+    def _build_all(self) -> None:
+        """The packages' layer of 5 GB, which one core compresses for minutes, is pushed beside all the rest."""
+        packages = self.name("trainer", "packages")
+        dockerfile = f"--file={self.folder}/docker/Dockerfile"
+        self.run("docker", "build", BUILD, "--target=trainer-packages", dockerfile, f"--tag={packages}", self.folder)
+        with ThreadPoolExecutor() as pool:
+            beside = [pool.submit(self.run, "docker", "push", packages), pool.submit(self.stand_in, "postgresql")]
+            self.build(TAG)
+            self.stand_in("mlflow")
+            for each in beside:
+                each.result()
 
     def build(self, tag: str) -> None:
         """Build and push both."""
         self.run(
             *("make", "--directory", self.folder, "image", f"TAG={tag}", f"REGISTRY={self.registry}", "PUSH=1"),
-            *("BUILD=--network host", "SOURCE=https://example.org/歌", f"UTAFORGE_HOME={self.folder}/.utaforge"),
+            *(f"BUILD={BUILD}", "SOURCE=https://example.org/歌", f"UTAFORGE_HOME={self.folder}/.utaforge"),
         )
 
     def stand_in(self, name: str, context: Path = DOCKERFILES) -> str:
         """Build and push it; its name as pods pull it."""
-        image = f"{self.registry}/utaforge-test-{name}:latest"
+        image = self._name_of_stand_in(name)
         arguments = (f"--build-arg=BASE={self.base}", f"--build-arg=TRAINER={self.name('trainer')}")
         file = f"--file={DOCKERFILES / name}.Dockerfile"
-        self.run(DOCKER, "build", "--network=host", *arguments, file, f"--tag={image}", context)
+        self.run(DOCKER, "build", BUILD, *arguments, file, f"--tag={image}", context)
         self.run(DOCKER, "push", image)
         return image
+
+    def _name_of_stand_in(self, name: str) -> str:
+        return f"{self.registry}/utaforge-test-{name}:latest"
 
     def name(self, image: str, tag: str = TAG) -> str:
         """Of ``trainer`` or ``launcher``, as pods pull it."""

@@ -1,9 +1,7 @@
 """A CronJob that retrains, and what comes of it."""
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,9 +134,8 @@ class Schedule:
         return open_store(self.place.store).at(path)
 
 
-@contextmanager
-def a_schedule(place: Place, images: Images, folder: Path) -> Iterator[Future[Schedule]]:
-    """Tells its chapters beside everything else: for most of the time it waits for the clock.
+def a_schedule(place: Place, images: Images, folder: Path) -> Schedule:
+    """A schedule of which nothing is told yet.
 
     Args:
         place: where.
@@ -150,5 +147,4 @@ def a_schedule(place: Place, images: Images, folder: Path) -> Iterator[Future[Sc
     utaforge = Utaforge(
         folder, {name: place.utaforge.environment[name] for name in ("KUBECONFIG", *place.team.store_keys)}
     )
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(Schedule(place, utaforge, images).tell)
+    return Schedule(place, utaforge, images)

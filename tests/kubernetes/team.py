@@ -12,7 +12,7 @@ import boto3
 from werkzeug.security import generate_password_hash
 
 from tests.kubernetes.cluster.access import Cluster
-from tests.kubernetes.overlay import Namespace, of_kind
+from tests.kubernetes.overlay import Namespace, Objects, of_kind
 
 ARTIFACTS = "歌"
 """Where MLflow keeps them in the bucket."""
@@ -41,6 +41,7 @@ class Team:
         namespace: where it is.
         bucket: for MLflow's artifacts, and for the team's store.
         store_keys: variables by which the store is reached, as the secret ``utaforge-store`` has them.
+        servers: what runs MLflow and PostgreSQL.
         admin: MLflow's administrator.
         trainer: who runs log as, as the secret ``utaforge-mlflow`` has it.
     """
@@ -48,8 +49,19 @@ class Team:
     namespace: Namespace
     bucket: Any
     store_keys: Mapping[str, str]
+    servers: Objects
     admin: User = field(default_factory=lambda: ("admin", secrets.token_hex(16)))
     trainer: User = field(default_factory=lambda: ("utaforge", secrets.token_hex(16)))
+
+    def bring_up_mlflow(self) -> None:
+        """Once its image can be pulled."""
+        (mlflow,) = of_kind(self.servers, "Deployment")
+        client = _client(mlflow["spec"]["template"]["spec"]["containers"][0]["image"])
+        self.namespace.apply([*self.servers, client])
+        for awaited, condition in (("pod/client", "Ready"), ("deployment/mlflow", "Available")):
+            self.namespace.kubectl("wait", f"--for=condition={condition}", awaited, "--timeout=290s")
+        self.hash_lightly(self.admin)
+        self.add_user(self.trainer)
 
     def python(self, program: str, *arguments: str, user: User = ("", "")) -> str:
         """The last line that a program prints in a pod that has nothing but MLflow's client."""
@@ -92,7 +104,7 @@ class Team:
 
 @contextmanager
 def a_team(cluster: Cluster, images: Mapping[str, str], scratch: Path) -> Iterator[Team]:
-    """A team in ``cluster``, with a bucket of its own.
+    """A team in ``cluster``, with a bucket of its own; its MLflow is for the caller to bring up.
 
     Args:
         cluster: where.
@@ -109,17 +121,13 @@ def a_team(cluster: Cluster, images: Mapping[str, str], scratch: Path) -> Iterat
             "AWS_DEFAULT_REGION": region,
             "MLFLOW_WORKERS": "1",
         }
-        team = Team(namespace, bucket, {**keys, "AWS_REGION": region, "AWS_ENDPOINT_URL": cluster.s3})
         objects = namespace.render("overlays/prod", scratch, images, settings)
+        servers = of_kind(objects, "Deployment", "StatefulSet")
+        store_keys = {**keys, "AWS_REGION": region, "AWS_ENDPOINT_URL": cluster.s3}
+        team = Team(namespace, bucket, store_keys, servers)
         with namespace.holding(objects):
             _make_secrets(team, keys)
-            namespace.apply(objects)
-            image = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["image"]
-            namespace.apply([_client(image)])
-            for awaited, condition in (("pod/client", "Ready"), ("deployment/mlflow", "Available")):
-                namespace.kubectl("wait", f"--for=condition={condition}", awaited, "--timeout=290s")
-            team.hash_lightly(team.admin)
-            team.add_user(team.trainer)
+            namespace.apply([each for each in objects if each not in servers])
             yield team
 
 

@@ -26,7 +26,7 @@ print(json.dumps([run.info.run_name, run.data.metrics, text]))
 
 
 @pytest.fixture(scope="module")
-def run(team: Team) -> str:
+def run(team: Team, opened: None) -> str:
     """A run that a user of their own has logged."""
     team.add_user(SINGER)
     return team.python(LOG, user=SINGER)

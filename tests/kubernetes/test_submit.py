@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ import pytest
 from launcher.runs import Run
 from tests.cluster.conftest import Said
 from tests.kubernetes.cluster.access import eventually
-from tests.kubernetes.images import Images
 from tests.kubernetes.place import LAUNCHER, MOST_SECONDS, STEPS, Place, as_options, changed_checkout, kubeconfig_of
 from tests.kubernetes.proxy import BAD_DAY, through_a_proxy
 from tests.kubernetes.rights import RIGHTS, rights_used
 from tests.kubernetes.same import same_bits
 from tests.kubernetes.situations import cause_of, ended_with_its_first_cluster, gpu_nodes
 
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("own_code", "damaged", "here")]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("opened", "own_code", "damaged")]
 """What takes long goes on beside all tests."""
 ACCEPTED = "it goes on when this is closed"
 DAMAGED = "datasets/damaged"
@@ -28,7 +26,7 @@ RAISING = {"worker.py": ("self.family = open_family(self.job.model)", 'raise Loo
 
 
 @pytest.fixture(scope="module")
-def own_code(place: Place, images: Images) -> None:
+def own_code(place: Place, opened: None) -> None:
     """A submission of code that raises, from a laptop that is gone once it is accepted."""
     code = changed_checkout(place.utaforge.folder / "raising", RAISING)
     songs = f"data.train=[{{dataset: {place.store}/datasets/own-code}}]"
@@ -49,14 +47,7 @@ def demo(place: Place, own_code: None, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def here(place: Place, demo: Said) -> Iterator[Future[Run]]:
-    """The demo on this machine, beside other tests."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(place.here, "demo")
-
-
-@pytest.fixture(scope="module")
-def damaged(place: Place, demo: Said, here: Future[Run]) -> None:
+def damaged(place: Place, demo: Said) -> None:
     """A submission with songs whose bytes were changed, left while its pods run."""
     for each in place.team.bucket.objects.filter(Prefix="uta/datasets/demo/"):
         content = each.get()["Body"].read()
@@ -97,7 +88,7 @@ def test_what_was_sent_is_gone_but_for_the_rayjob_that_says_how_it_ended(place: 
 
 
 @pytest.mark.parametrize("moment", ["plan of", ": new"])
-def test_ctrl_c_before_a_run_is_accepted_leaves_nothing_that_runs(place: Place, images: Images, moment: str) -> None:
+def test_ctrl_c_before_a_run_is_accepted_leaves_nothing_that_runs(place: Place, moment: str) -> None:
     started = place.submit("hasty")
     started.until(lambda: moment in started.text)
     said = started.interrupt()
@@ -109,9 +100,7 @@ def test_ctrl_c_before_a_run_is_accepted_leaves_nothing_that_runs(place: Place, 
         place.cancel("hasty")
 
 
-def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods_come_up(
-    place: Place, images: Images
-) -> None:
+def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods_come_up(place: Place) -> None:
     both = [place.submit("twice") for _ in range(2)]
     eventually(lambda: any("is at work already" in each.text for each in both))
     assert len(place.objects("rayjobs", "twice")) == 1
