@@ -12,8 +12,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,6 +44,9 @@ log = logging.getLogger("trainer.worker")
 STATE = "state.safetensors"
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Ranks wait for each other this long; rendering long validation songs takes some ranks longer than others."""
+OOM_COUNTS = Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")
+"""Where Linux counts, by version 2 and version 1 of control groups: ``memory.events`` in its ``cgroup-v2.rst``, and
+``oom_kill`` in ``mm/memcontrol-v1.c``."""
 _CUT_OFF = re.compile(r"gloo|nccl|connection|timed? ?out|peer", re.IGNORECASE)
 
 
@@ -93,6 +96,8 @@ class _Rank:
         self.journal: Journal | None = None
         if newest:
             log.info("going on from step %d", newest.step)
+        if self.job.cluster.backend == "kubernetes" and (killed := killed_for_memory()):
+            log.warning("this pod ran out of memory: the kernel has killed %d of its processes so far", killed)
 
     @property
     def done(self) -> bool:
@@ -342,6 +347,18 @@ def _logging(run: RunDirectory, rank: int, scratch: Path) -> Iterator[Mirror]:
         file.close()
         own.level, own.propagate = before
         mirror.close()
+
+
+def killed_for_memory(counts: Iterable[Path] = OOM_COUNTS) -> int:
+    """How many processes of this container the kernel has killed for want of memory; 0 where it does not say.
+
+    Ray says only that such a process is gone: it sees those alone that its own memory monitor has killed.
+    """
+    for path in counts:
+        with suppress(OSError):
+            if found := re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE):
+                return int(found[1])
+    return 0
 
 
 def _place() -> tuple[int, int]:

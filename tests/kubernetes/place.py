@@ -48,7 +48,7 @@ cluster:
   code: {root}
   secrets: [utaforge-store, utaforge-mlflow]
 """
-STORY, LONG_STEPS = "sakura", 200
+STORY, LONG_STEPS = "sakura", 120
 LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}", "train.batch.seconds=20")
 """Enough steps for something to happen meanwhile, if they are ``SLOW``."""
 SLOW = {"loop.py": ("        result = engine.step(", "        time.sleep(0.4)\n        result = engine.step(")}

@@ -13,10 +13,13 @@ for _ in range(3):
     os.fork()
 songs = []
 while any("ray::RayTrain" in pathlib.Path(name).read_text() for name in glob.glob("/proc/[0-9]*/comm")):
-    songs.append(b"u" * (8 << 20))
+    songs.append(b"u" * (2 << 20))
     time.sleep(0.2)
 """
-"""Eight processes that slowly take all memory of a pod until its rank is gone: Ray has marked that to go first."""
+"""Eight processes that take all memory of a pod until its rank is gone, which Ray has marked to go first.
+
+Slowly: Ray looks four times a second, and tells of what it has ended itself, not of what the kernel has.
+"""
 SIGNAL = """
 import glob, os, pathlib, sys
 for name in glob.glob("/proc/[0-9]*/comm"):

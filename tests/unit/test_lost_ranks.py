@@ -1,8 +1,11 @@
 """What people are told of a rank that was lost, from what Ray says."""
 
+from pathlib import Path
+
 import pytest
 
 from trainer.driver.attempt import why_lost
+from trainer.worker import killed_for_memory
 
 MEMORY = """Training failed due to controller error:
 1 worker(s) were killed due to the node running low on memory. Top 10 memory users: 歌
@@ -26,3 +29,21 @@ StoreError: cannot write s3://歌/runs/uta: the server cannot be reached
 )
 def test_the_reason_is_one_short_line_and_no_advice(told: str, reason: str) -> None:
     assert why_lost(told) == reason
+
+
+@pytest.mark.parametrize(
+    ("counts", "killed"),
+    [
+        ("low 0\nhigh 0\nmax 61\noom 3\noom_kill 2\noom_group_kill 1\n", 2),
+        ("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n", 1),
+        ("oom_kill_disable 0\nunder_oom 0\n", 0),
+        (None, 0),
+    ],
+)
+def test_what_the_kernel_has_killed_for_memory_is_read_by_either_version_of_control_groups(
+    tmp_path: Path, counts: str | None, killed: int
+) -> None:
+    path = tmp_path / "歌"
+    if counts:
+        path.write_text(counts)
+    assert killed_for_memory([tmp_path / "gone", path]) == killed

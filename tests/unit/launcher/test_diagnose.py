@@ -142,6 +142,7 @@ def test_how_a_container_ended_tells_what_it_lacked(terminated: dict[str, Any], 
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "the GPU ran out of memory"),
         ("Task was killed due to the node running low on memory.", "a pod ran out of memory"),
         ("a rank was lost: its machine or pod ran out of memory", "a pod ran out of memory"),
+        ("this pod ran out of memory: the kernel has killed 1 of its processes so far", "a pod ran out of memory"),
         (
             "RuntimeError: [enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried "
             "to allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)",
