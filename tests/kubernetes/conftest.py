@@ -15,7 +15,7 @@ from tests.kubernetes.cluster.control import environment, up, up_engine
 from tests.kubernetes.cluster.install import Say, obstacles
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import Images
-from tests.kubernetes.place import LONG, STORY, Place, a_place
+from tests.kubernetes.place import Place, a_place
 from tests.kubernetes.schedule import Schedule, a_schedule
 from tests.kubernetes.songbloom import left_and_reclaimed
 from tests.kubernetes.story import Story, told_until_held
@@ -26,10 +26,6 @@ BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom", "test_
 ORDER = ["test_placement", "test_manifests", "test_cluster", "test_mlflow", "test_services", "test_images", "test_why",
          "test_submit", *BESIDE]  # fmt: skip
 FIRST_BESIDE = "test_manifests"
-HERE = ("whole", "here")
-"""Runs of this machine, which need no images."""
-OWN = {"whole", "held"}
-"""Fixtures that somebody's cluster does without."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,10 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     functions = [item for item in items if isinstance(item, pytest.Function)]
     used = {fixture for item in functions for fixture in item.fixturenames}
     if _somebodys():
-        used -= OWN
+        used.discard("held")
     if "building" in used:
         functions[0].fixturenames.insert(0, "building")
-    functions[0].fixturenames.extend(name for name in HERE if name in used)
+    if "here" in used:
+        functions[0].fixturenames.append("here")
     stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
         functions[stems.index(FIRST_BESIDE)].fixturenames.extend(name for name in BESIDE.values() if name in used)
@@ -185,31 +182,19 @@ def songbloom(place: Place, opening: Future[None]) -> Iterator[Future[tuple[Said
 
 
 @pytest.fixture(scope="session")
-def this_machine() -> Iterator[ThreadPoolExecutor]:
-    """It trains one run at a time."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="session")
-def whole(place: Place, cluster: Cluster, this_machine: ThreadPoolExecutor) -> Future[Run]:
-    """The story's run to which nothing happens."""
-    if not cluster.own:
-        pytest.skip("the story ends programs of the cluster: only for the tests' own")
-    return this_machine.submit(place.uninterrupted, STORY, *LONG)
-
-
-@pytest.fixture(scope="session")
-def here(place: Place, this_machine: ThreadPoolExecutor) -> Future[Run]:
+def here(place: Place) -> Iterator[Future[Run]]:
     """The demo with the local backend."""
-    return this_machine.submit(place.here, "demo")
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(place.here, "demo")
 
 
 @pytest.fixture(scope="session")
 def held(
-    place: Place, whole: Future[Run], retraining: Future[Schedule], songbloom: Future[tuple[Said, Said]]
+    place: Place, cluster: Cluster, retraining: Future[Schedule], songbloom: Future[tuple[Said, Said]]
 ) -> Iterator[Future[Story]]:
     """The story until it is held, told once the node's memory has room for it."""
+    if not cluster.own:
+        pytest.skip("the story ends programs of the cluster: only for the tests' own")
 
     def told() -> Story:
         for smaller in (retraining, songbloom):

@@ -13,15 +13,12 @@ from typing import Any
 
 import pytest
 
-from launcher.plan import plan
-from launcher.runs import Run, create_or_resume, find_run
+from launcher.runs import Run, find_run
 from tests.cluster.conftest import Started, Utaforge
-from tests.cluster.ranks import Ranks, rank_of
 from tests.kubernetes.images import ROOT
 from tests.kubernetes.proxy import Proxy, through_a_proxy
 from tests.kubernetes.team import Team
-from trainer.data.prepare import prepare
-from trainer.spec import StoreError, load_job
+from trainer.spec import StoreError
 
 STEPS, COMMIT_EVERY = 30, 5
 JOB = """\
@@ -48,11 +45,6 @@ cluster:
   code: {root}
   secrets: [utaforge-store, utaforge-mlflow]
 """
-STORY, LONG_STEPS = "sakura", 120
-LONG = (f"train.steps={LONG_STEPS}", f"validation.every={LONG_STEPS}", "train.batch.seconds=20")
-"""Enough steps for something to happen meanwhile, if they are ``SLOW``."""
-SLOW = {"loop.py": ("        result = engine.step(", "        time.sleep(0.4)\n        result = engine.step(")}
-"""A checkout whose steps take time and no cores."""
 MOST_SECONDS = 1500
 """Of one run: images are pulled, and a cluster may be lost."""
 LAUNCHER = "utaforge-launcher"
@@ -110,23 +102,11 @@ class Place:
 
     def here(self, name: str) -> Run:
         """The same job on this machine, seen through to its end: on the same songs, with as many threads as a pod."""
-        said = self.local("submit", self.job(name), "--yes", *as_options(self._on_this_machine(name)))
+        store = f"file://{self.utaforge.folder}/here"
+        changes = (f"store={store}", "cluster={backend: local, workers: 2}", "tracking.mlflow=null")
+        said = self.local("submit", self.job(name), "--yes", *as_options(changes))
         assert said.code == 0, said.text
-        return find_run(self._store_here(name), name)
-
-    def uninterrupted(self, name: str, *overrides: str) -> Run:
-        """The same job on the same songs, made where they are missing, trained to its end by two ranks without Ray."""
-        job = load_job(self.job(name), (*self._on_this_machine(name), *overrides))
-        prepare(job)
-        run = create_or_resume(job, plan(job, self.utaforge.folder).as_json()).run
-        Ranks(2, self.utaforge.folder, rank_of, run.url, UTAFORGE_HOME=str(self.local.home)).end()
-        return run
-
-    def _store_here(self, name: str) -> str:
-        return f"file://{self.utaforge.folder}/{name}"
-
-    def _on_this_machine(self, name: str) -> tuple[str, ...]:
-        return f"store={self._store_here(name)}", "cluster={backend: local, workers: 2}", "tracking.mlflow=null"
+        return find_run(store, name)
 
     def cancel(self, name: str) -> None:
         """Cancel its newest run; it has to succeed."""

@@ -1,12 +1,18 @@
-"""A run that loses a worker, its memory and its head, and goes on each time; then it is held until all else is done."""
+"""The demo once more, which loses a worker, its memory and its head, and goes on each time.
+
+Then it is held until all else is done.
+"""
 
 import signal
 
 import pytest
 
-from tests.kubernetes.place import LONG, SLOW, STORY, Place, changed_checkout
+from tests.kubernetes.place import Place, changed_checkout
 from tests.kubernetes.situations import cause_of
 
+STORY = "sakura"
+SLOW = {"loop.py": ("        result = engine.step(", "        time.sleep(3)\n        result = engine.step(")}
+"""A checkout whose steps take time, for something to happen meanwhile, and no cores."""
 EAT = """
 import glob, os, pathlib, time
 for _ in range(3):
@@ -36,7 +42,7 @@ class Story:
     def __init__(self, place: Place) -> None:
         self.place, self.namespace = place, place.team.namespace
         slow = changed_checkout(place.utaforge.folder / "slow", SLOW)
-        self.submission = place.submit(STORY, *LONG, f"cluster.code={slow}")
+        self.submission = place.submit(STORY, "checkpoint.every=2", f"cluster.code={slow}")
         self.learns()
 
     @property

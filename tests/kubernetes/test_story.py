@@ -15,9 +15,9 @@ from launcher.runs import Run, runs_of
 from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
-from tests.kubernetes.place import MOST_SECONDS, STORY, Place
+from tests.kubernetes.place import MOST_SECONDS, Place
 from tests.kubernetes.same import same_bits
-from tests.kubernetes.story import Story
+from tests.kubernetes.story import STORY, Story
 
 pytestmark = pytest.mark.timeout(3600)
 OUTAGE_SECONDS = 30.0
@@ -52,8 +52,8 @@ def story(held: Future[Story]) -> str:
     return said.text
 
 
-def test_it_ends_as_the_run_to_which_nothing_happened(place: Place, story: str, whole: Future[Run]) -> None:
-    same_bits(place.run(STORY), whole.result())
+def test_it_ends_as_the_run_to_which_nothing_happened(place: Place, story: str, here: Future[Run]) -> None:
+    same_bits(place.run(STORY), here.result())
 
 
 def test_one_cluster_was_lost_with_its_head_and_none_besides(place: Place, story: str) -> None:
