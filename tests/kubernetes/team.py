@@ -11,7 +11,7 @@ from typing import Any
 import boto3
 from werkzeug.security import generate_password_hash
 
-from tests.kubernetes.cluster.access import Cluster
+from tests.kubernetes.cluster.access import Cluster, eventually
 from tests.kubernetes.overlay import Namespace, Objects, of_kind
 
 ARTIFACTS = "歌"
@@ -62,6 +62,11 @@ class Team:
             self.namespace.kubectl("wait", f"--for=condition={condition}", awaited, "--timeout=290s")
         self.hash_lightly(self.admin)
         self.add_user(self.trainer)
+
+    def quota_is_known(self) -> bool:
+        """Whether all is counted that it limits: of RayJobs Kubernetes hears half a minute after their CRD."""
+        status = self.namespace.get("resourcequota", "utaforge").get("status", {})
+        return "used" in status and status["used"].keys() == status["hard"].keys()
 
     def python(self, program: str, *arguments: str, user: User = ("", "")) -> str:
         """The last line that a program prints in a pod that has nothing but MLflow's client."""
@@ -128,6 +133,7 @@ def a_team(cluster: Cluster, images: Mapping[str, str], scratch: Path) -> Iterat
         with namespace.holding(objects):
             _make_secrets(team, keys)
             namespace.apply([each for each in objects if each not in servers])
+            eventually(team.quota_is_known)
             yield team
 
 
