@@ -20,7 +20,7 @@ from tests.kubernetes.proxy import Proxy, through_a_proxy
 from tests.kubernetes.team import Team
 from trainer.spec import StoreError
 
-STEPS, COMMIT_EVERY = 30, 5
+STEPS, COMMIT_EVERY = 30, 3
 JOB = """\
 name: {name}
 store: {store}

@@ -42,7 +42,7 @@ class Story:
     def __init__(self, place: Place) -> None:
         self.place, self.namespace = place, place.team.namespace
         slow = changed_checkout(place.utaforge.folder / "slow", SLOW)
-        self.submission = place.submit(STORY, "checkpoint.every=2", f"cluster.code={slow}")
+        self.submission = place.submit(STORY, f"cluster.code={slow}")
         self.learns()
 
     @property
