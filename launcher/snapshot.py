@@ -16,8 +16,9 @@ from launcher.runs import Attempt, Run, Status
 from trainer.spec.errors import ClusterError
 from trainer.store import Entry
 
-LOG_BYTES = 1 << 14
-LOG_LINES = 60
+LOG_BYTES = 1 << 16
+LOG_LINES = 400
+"""Of each log; Ray alone takes about a hundred to tell of one rank that was lost."""
 ANSWER_SECONDS = 1.0
 """How long an API server that does not answer is tried again."""
 T = TypeVar("T")

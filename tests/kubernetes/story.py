@@ -11,7 +11,12 @@ from tests.kubernetes.place import Place, changed_checkout
 from tests.kubernetes.situations import cause_of
 
 STORY = "sakura"
-SLOW = {"loop.py": ("        result = engine.step(", "        time.sleep(3)\n        result = engine.step(")}
+SLOW = {
+    "loop.py": (
+        "        result = engine.step(",
+        "        time.sleep(3 if engine.steps < 24 else 0)\n        result = engine.step(",
+    )
+}
 """A checkout whose steps take time, for something to happen meanwhile, and no cores."""
 EAT = """
 import glob, os, pathlib, time

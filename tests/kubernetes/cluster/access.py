@@ -85,4 +85,4 @@ def eventually(condition: Callable[[], T], seconds: float = 120.0) -> T:
             return value
         ended = time.monotonic()
         assert ended < deadline, "waited in vain"
-        time.sleep(max(0.2, 3 * (ended - began)))  # who waits leaves the cores to what is waited for
+        time.sleep(min(max(0.2, 3 * (ended - began)), 5))  # who waits leaves the cores to what is waited for
