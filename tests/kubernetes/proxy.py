@@ -32,7 +32,8 @@ class Proxy(ThreadingHTTPServer):
 
     def __init__(self, server: str, ca: Path, faults: Sequence[str]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.server_url, self.ca = server, str(ca)
+        self.server_url, self.session = server, requests.Session()  # a connection for each request costs both ends
+        self.session.verify, self.session.trust_env = str(ca), False
         self.asked: set[tuple[str, str]] = set()
         self.spoilt = dict.fromkeys(faults, 0)
         self._faults = itertools.cycle([None, *(each for fault in faults for each in (None, fault, None))])
@@ -71,12 +72,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _asked_of_the_real_one(self, body: bytes) -> requests.Response | None:
         wanted = {name: self.headers[name] for name in ("Authorization", "Content-Type", "Accept")}
         try:
-            return requests.request(
+            return self.server.session.request(
                 self.command,
                 self.server.server_url + self.path,
                 data=body,
                 headers={name: value for name, value in wanted.items() if value},
-                verify=self.server.ca,
                 timeout=60,
             )
         except requests.ConnectionError:
