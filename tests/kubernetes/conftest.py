@@ -182,10 +182,15 @@ def songbloom(place: Place, opening: Future[None]) -> Iterator[Future[tuple[Said
 
 
 @pytest.fixture(scope="session")
-def here(place: Place) -> Iterator[Future[Run]]:
-    """The demo with the local backend."""
+def here(place: Place, building: Images) -> Iterator[Future[Run]]:
+    """The demo with the local backend, once it keeps no image waiting."""
+
+    def trained() -> Run:
+        building.packages.result()
+        return place.here("demo")
+
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(place.here, "demo")
+        yield pool.submit(trained)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ class Images:
     Attributes:
         commit: the last one.
         stand_ins: a public image of the manifests → what takes its place where nothing can be pulled.
+        packages: once it is built, the image that has the trainer's packages alone. All others wait for it.
     """
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
@@ -34,17 +35,23 @@ class Images:
             "ghcr.io/mlflow/mlflow": self._name_of_stand_in("mlflow"),
             "postgres": self._name_of_stand_in("postgresql"),
         }
-        self._building = ThreadPoolExecutor(1).submit(self._build_all)
+        pool = ThreadPoolExecutor(2)
+        self.packages = pool.submit(self._build_packages)
+        self._building = pool.submit(self._build_all)
 
     def wait(self) -> None:
         """Until all are built and pushed; fails as ``build`` does."""
         self._building.result()
 
+    def _build_packages(self) -> str:
+        image = self.name("trainer", "packages")
+        dockerfile = f"--file={self.folder}/docker/Dockerfile"
+        self.run("docker", "build", BUILD, "--target=trainer-packages", dockerfile, f"--tag={image}", self.folder)
+        return image
+
     def _build_all(self) -> None:
         """The packages' layer of 5 GB, which one core compresses for minutes, is pushed beside all the rest."""
-        packages = self.name("trainer", "packages")
-        dockerfile = f"--file={self.folder}/docker/Dockerfile"
-        self.run("docker", "build", BUILD, "--target=trainer-packages", dockerfile, f"--tag={packages}", self.folder)
+        packages = self.packages.result()
         with ThreadPoolExecutor() as pool:
             beside = [pool.submit(self.run, "docker", "push", packages), pool.submit(self.stand_in, "postgresql")]
             self.build(TAG)
