@@ -194,16 +194,13 @@ def here(place: Place, building: Images) -> Iterator[Future[Run]]:
 
 
 @pytest.fixture(scope="session")
-def held(
-    place: Place, cluster: Cluster, retraining: Future[Schedule], songbloom: Future[tuple[Said, Said]]
-) -> Iterator[Future[Story]]:
+def held(place: Place, cluster: Cluster, songbloom: Future[tuple[Said, Said]]) -> Iterator[Future[Story]]:
     """The story until it is held, told once the node's memory has room for it."""
     if not cluster.own:
         pytest.skip("the story ends programs of the cluster: only for the tests' own")
 
     def told() -> Story:
-        for smaller in (retraining, songbloom):
-            smaller.exception()  # whatever comes of it, it is over then
+        songbloom.exception()  # whatever comes of it, it is over then
         return told_until_held(place)
 
     with ThreadPoolExecutor(1) as pool:
