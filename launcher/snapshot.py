@@ -18,7 +18,7 @@ from trainer.store import Entry
 
 LOG_BYTES = 1 << 16
 LOG_LINES = 400
-"""Of each log; Ray alone takes about a hundred to tell of one rank that was lost."""
+"""Of each log; Ray 2.60 alone writes 65 of a machine that is gone, and 255 of a rank that was killed for memory."""
 ANSWER_SECONDS = 1.0
 """How long an API server that does not answer is tried again."""
 T = TypeVar("T")

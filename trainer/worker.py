@@ -352,7 +352,7 @@ def _logging(run: RunDirectory, rank: int, scratch: Path) -> Iterator[Mirror]:
 def killed_for_memory(counts: Iterable[Path] = OOM_COUNTS) -> int:
     """How many processes of this container the kernel has killed for want of memory; 0 where it does not say.
 
-    Ray says only that such a process is gone: it sees those alone that its own memory monitor has killed.
+    Of these Ray only guesses ("some common causes include"); it is sure of what its own memory monitor has killed.
     """
     for path in counts:
         with suppress(OSError):

@@ -2,9 +2,10 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.kubernetes.songbloom import left_and_reclaimed
 from tests.kubernetes.story import Story, told_until_held
 from tests.kubernetes.team import Team, a_team
 
+T = TypeVar("T")
 BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom", "test_story": "held"}
 """Modules whose tests ask what has come of a fixture that works beside other tests."""
 ORDER = ["test_placement", "test_manifests", "test_cluster", "test_mlflow", "test_services", "test_images", "test_why",
@@ -154,43 +156,39 @@ def place(team: Team, building: Images, tmp_path_factory: pytest.TempPathFactory
         yield made
 
 
+@contextmanager
+def _after(awaited: Future[Any], work: Callable[[], T]) -> Iterator[Future[T]]:
+    """What comes of ``work``, which begins beside the tests once ``awaited`` is there."""
+
+    def done() -> T:
+        awaited.result()
+        return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(done)
+
+
 @pytest.fixture(scope="session")
 def retraining(
     place: Place, building: Images, opening: Future[None], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Future[Schedule]]:
     """What a CronJob does, once it has done all."""
-    schedule = a_schedule(place, building, tmp_path_factory.mktemp("毎週"))
-
-    def told() -> Schedule:
-        opening.result()
-        return schedule.tell()
-
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(told)
+    with _after(opening, a_schedule(place, building, tmp_path_factory.mktemp("毎週")).tell) as told:
+        yield told
 
 
 @pytest.fixture(scope="session")
 def songbloom(place: Place, opening: Future[None]) -> Iterator[Future[tuple[Said, Said]]]:
     """What ``left_and_reclaimed`` gives."""
-
-    def told() -> tuple[Said, Said]:
-        opening.result()
-        return left_and_reclaimed(place)
-
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(told)
+    with _after(opening, lambda: left_and_reclaimed(place)) as told:
+        yield told
 
 
 @pytest.fixture(scope="session")
 def here(place: Place, building: Images) -> Iterator[Future[Run]]:
     """The demo with the local backend, once it keeps no image waiting."""
-
-    def trained() -> Run:
-        building.packages.result()
-        return place.here("demo")
-
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(trained)
+    with _after(building.packages, lambda: place.here("demo")) as trained:
+        yield trained
 
 
 @pytest.fixture(scope="session")
@@ -198,10 +196,5 @@ def held(place: Place, cluster: Cluster, songbloom: Future[tuple[Said, Said]]) -
     """The story until it is held, told once the node's memory has room for it."""
     if not cluster.own:
         pytest.skip("the story ends programs of the cluster: only for the tests' own")
-
-    def told() -> Story:
-        songbloom.exception()  # whatever comes of it, it is over then
-        return told_until_held(place)
-
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(told)
+    with _after(songbloom, lambda: told_until_held(place)) as told:
+        yield told

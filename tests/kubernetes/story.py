@@ -17,7 +17,7 @@ SLOW = {
         "        time.sleep(3 if engine.steps < 24 else 0)\n        result = engine.step(",
     )
 }
-"""A checkout whose steps take time, for something to happen meanwhile, and no cores."""
+"""A checkout whose steps take time, and no cores; the last ones do not, when all has happened."""
 EAT = """
 import glob, os, pathlib, time
 for _ in range(3):

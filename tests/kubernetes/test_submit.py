@@ -17,7 +17,7 @@ from tests.kubernetes.rights import RIGHTS, rights_used
 from tests.kubernetes.same import same_bits
 from tests.kubernetes.situations import cause_of, ended_with_its_first_cluster, gpu_nodes
 
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("opened", "own_code", "damaged")]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("own_code", "damaged")]
 """What takes long goes on beside all tests."""
 ACCEPTED = "it goes on when this is closed"
 DAMAGED = "datasets/damaged"

@@ -1,4 +1,4 @@
-"""What people are told of a rank that was lost, from what Ray says."""
+"""What people are told of a rank that was lost, from what Ray says and what the kernel counts."""
 
 from pathlib import Path
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import Attempt, Status
-from launcher.snapshot import Log, Snapshot
+from launcher.runs import Attempt, Run, Status
+from launcher.snapshot import Log, Snapshot, gather
 from launcher.why import QUIET_SECONDS, Cause, diagnose
 from trainer.data.shards import Shard
 from trainer.spec.errors import DataError, StoreError
@@ -339,6 +339,16 @@ def test_a_machine_that_was_taken_away_with_notice_is_named_after_its_pod_is_gon
 
 def test_a_finished_run_has_no_cause() -> None:
     assert diagnose(_local("finished", ["完了"])) == []
+
+
+def test_a_rank_killed_for_memory_is_told_of_after_all_that_ray_says_and_while_ranks_train_on(tmp_path: Path) -> None:
+    run = Run(open_store(f"file://{tmp_path}/runs/歌"))
+    ray = ["(TrainController pid=504)   actor=Actor(RayTrainWorker, c4fc82bb8b47104479a62e8102000000),"] * 255
+    steps = [f"step {step}/99 · loss 2.5 · 1.00 steps/s · 1m 30s left" for step in range(1, 61)]
+    log = ["a rank was lost: its machine or pod ran out of memory", *ray, *steps]
+    run.store.put("job.json", json.dumps({"train": {"steps": 99}}).encode())
+    run.store.put("logs/driver.log", "\n".join(log).encode())
+    assert "a pod ran out of memory" in [cause.what for cause in diagnose(gather(run))]
 
 
 def _local(state: Any, lines: list[str]) -> Snapshot:
