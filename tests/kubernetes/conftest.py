@@ -19,14 +19,16 @@ from tests.kubernetes.images import Images
 from tests.kubernetes.place import Place, a_place
 from tests.kubernetes.schedule import Schedule, a_schedule
 from tests.kubernetes.songbloom import left_and_reclaimed
-from tests.kubernetes.story import Story, told_until_held
+from tests.kubernetes.story import Story, told_to_its_end, told_until_held
 from tests.kubernetes.team import Team, a_team
 
 T = TypeVar("T")
 BESIDE = {"test_retraining": "retraining", "test_songbloom": "songbloom", "test_story": "held"}
 """Modules whose tests ask what has come of a fixture that works beside other tests."""
-ORDER = ["test_placement", "test_manifests", "test_cluster", "test_mlflow", "test_services", "test_images", "test_why",
-         "test_submit", *BESIDE]  # fmt: skip
+WITHOUT_KUBERNETES = ["test_services", "test_images"]
+"""Docker's engine is enough for them, so the story goes on to its end beside them, in which programs are killed."""
+ORDER = ["test_placement", "test_manifests", "test_cluster", "test_mlflow", "test_why", "test_submit",
+         "test_retraining", "test_songbloom", *WITHOUT_KUBERNETES, "test_story"]  # fmt: skip
 FIRST_BESIDE = "test_manifests"
 
 
@@ -40,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     functions = [item for item in items if isinstance(item, pytest.Function)]
     used = {fixture for item in functions for fixture in item.fixturenames}
     if _somebodys():
-        used.discard("held")
+        used -= {"held", "told"}
     if "building" in used:
         functions[0].fixturenames.insert(0, "building")
     if "here" in used:
@@ -48,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     stems = [item.path.stem for item in functions]
     if FIRST_BESIDE in stems:
         functions[stems.index(FIRST_BESIDE)].fixturenames.extend(name for name in BESIDE.values() if name in used)
+    if WITHOUT_KUBERNETES[0] in stems and "told" in used:
+        functions[stems.index(WITHOUT_KUBERNETES[0])].fixturenames.append("told")
 
 
 def _somebodys() -> bool:
@@ -198,3 +202,10 @@ def held(place: Place, cluster: Cluster, songbloom: Future[tuple[Said, Said]]) -
         pytest.skip("the story ends programs of the cluster: only for the tests' own")
     with _after(songbloom, lambda: told_until_held(place)) as told:
         yield told
+
+
+@pytest.fixture(scope="session")
+def told(held: Future[Story]) -> Iterator[Future[str]]:
+    """The story to its end; nothing else may need the cluster while it is told."""
+    with _after(held, lambda: told_to_its_end(held.result())) as said:
+        yield said

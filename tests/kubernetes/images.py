@@ -2,12 +2,13 @@
 
 import json
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tests.kubernetes.cluster.access import Cluster
-from tests.kubernetes.cluster.control import DOCKER
+from tests.kubernetes.cluster.layers import store_layers
+from tests.kubernetes.cluster.layout import DOCKER, Layout
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = Path(__file__).parent / "dockerfiles"
@@ -27,7 +28,7 @@ class Images:
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.folder = folder
-        self.registry, self.base = cluster.registry, cluster.image
+        self.registry, self.base, self.own = cluster.registry, cluster.image, cluster.own
         self.environment = {**cluster.environment, "DOCKER_BUILDKIT": "1"}
         self.run("git", "clone", "--quiet", ROOT, folder)
         self.commit = self.run("git", "-C", folder, "rev-parse", "HEAD").strip()
@@ -50,10 +51,12 @@ class Images:
         return image
 
     def _build_all(self) -> None:
-        """The packages' layer of 5 GB, which one core compresses for minutes, is pushed beside all the rest."""
+        """The packages' layer of 5 GB goes into the registry beside all the rest."""
         packages = self.packages.result()
         with ThreadPoolExecutor() as pool:
-            beside = [pool.submit(self.run, "docker", "push", packages), pool.submit(self.stand_in, "postgresql")]
+            beside: list[Future[Any]] = [pool.submit(self.stand_in, "postgresql")]
+            if self.own:
+                beside.append(pool.submit(store_layers, Layout.of_environment(), packages))
             self.build(TAG)
             self.stand_in("mlflow")
             for each in beside:

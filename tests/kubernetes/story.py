@@ -1,13 +1,18 @@
 """The demo once more, which loses a worker, its memory and its head, and goes on each time.
 
-Then it is held until all else is done.
+Then it is held until nobody else needs the cluster, whose programs are killed.
 """
 
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from tests.kubernetes.place import Place, changed_checkout
+from tests.kubernetes.cluster.control import kill, up
+from tests.kubernetes.cluster.layout import Layout
+from tests.kubernetes.place import MOST_SECONDS, Place, changed_checkout
 from tests.kubernetes.situations import cause_of
 
 STORY = "sakura"
@@ -37,6 +42,7 @@ for name in glob.glob("/proc/[0-9]*/comm"):
     if "ray::RayTrain" in pathlib.Path(name).read_text():
         os.kill(int(name.split("/")[2]), int(sys.argv[1]))
 """
+OUTAGE_SECONDS = 30.0
 HANG_SECONDS = 15.0
 """Of silence that ``why`` takes for a hang here."""
 
@@ -99,3 +105,26 @@ def told_until_held(place: Place) -> Story:
 
     told.signal_ranks(signal.SIGSTOP)
     return told
+
+
+def told_to_its_end(held: Story) -> str:
+    """What the launcher said of a story that was held, which also outlives an outage of nearly everything."""
+    held.signal_ranks(signal.SIGCONT)
+    with without("ray-operator", "kube-apiserver", "versitygw"):
+        time.sleep(OUTAGE_SECONDS)
+
+    said = held.submission.end(MOST_SECONDS)
+    assert said.code == 0, said.text
+    return said.text
+
+
+@contextmanager
+def without(*programs: str) -> Iterator[None]:
+    """``kill -9`` of some of the cluster's programs; afterwards they are started again."""
+    layout = Layout.of_environment()
+    for program in programs:
+        kill(layout, program)
+    try:
+        yield
+    finally:
+        up(layout, print)

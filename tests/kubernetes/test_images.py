@@ -1,11 +1,10 @@
 """The images as ``make image`` builds them, run as a cluster runs them: as nobody special, with nothing to write to."""
 
 import json
-from typing import Any
 
 import pytest
 
-from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.cluster.access import Cluster
 from tests.kubernetes.images import ROOT, Images
 
 MEGABYTE = 1_000_000
@@ -92,41 +91,3 @@ def test_a_code_change_changes_the_last_layer_alone(images: Images) -> None:
         *after, changed = images.inspect(image, "changed")["RootFS"]["Layers"]
         assert before == after
         assert code != changed
-
-
-@both
-def test_a_pod_pulls_and_runs_them(images: Images, cluster: Cluster, namespace: str, image: str) -> None:
-    cluster.kubectl("label", "--overwrite", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
-    cluster.apply(_pod(namespace, image, images.name(image)))
-
-    def ended() -> str:
-        phase = cluster.get("pod", image, "-n", namespace)["status"].get("phase")
-        return phase if phase in {"Succeeded", "Failed"} else ""
-
-    assert eventually(ended, seconds=600) == "Succeeded"
-    assert "歌: 1000" in cluster.kubectl("logs", image, "-n", namespace)
-
-
-def _pod(namespace: str, name: str, image: str) -> dict[str, Any]:
-    container = {
-        "name": name,
-        "image": image,
-        "args": ["python", "-c", "import os, trainer.store; print(f'歌: {os.getuid()}')"],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "namespace": namespace},
-        "spec": {
-            "restartPolicy": "Never",
-            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [container],
-            "volumes": [{"name": "tmp", "emptyDir": {}}],
-        },
-    }

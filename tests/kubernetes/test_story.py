@@ -2,54 +2,28 @@
 
 import json
 import re
-import signal
-import time
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from launcher.runs import Run, runs_of
 from tests.kubernetes.cluster.access import eventually
-from tests.kubernetes.cluster.control import kill, up
-from tests.kubernetes.cluster.layout import Layout
-from tests.kubernetes.place import MOST_SECONDS, Place
+from tests.kubernetes.place import Place
 from tests.kubernetes.same import same_bits
-from tests.kubernetes.story import STORY, Story
+from tests.kubernetes.story import STORY
 
 pytestmark = pytest.mark.timeout(3600)
-OUTAGE_SECONDS = 30.0
 NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")
 """Kinds of objects that belong to a run."""
 GONE_SECONDS = 300.0
 """A worker's pod that does not reach its head does not hear that it is to end, and is killed after its two minutes."""
 
 
-@contextmanager
-def without(*programs: str) -> Iterator[None]:
-    """``kill -9`` of some of the cluster's programs; afterwards they are started again."""
-    layout = Layout.of_environment()
-    for program in programs:
-        kill(layout, program)
-    try:
-        yield
-    finally:
-        up(layout, print)
-
-
 @pytest.fixture(scope="module")
-def story(held: Future[Story]) -> str:
+def story(told: Future[str]) -> str:
     """What the launcher said until the end."""
-    told = held.result()
-    told.signal_ranks(signal.SIGCONT)
-    with without("ray-operator", "kube-apiserver", "versitygw"):
-        time.sleep(OUTAGE_SECONDS)
-
-    said = told.submission.end(MOST_SECONDS)
-    assert said.code == 0, said.text
-    return said.text
+    return told.result()
 
 
 def test_it_ends_as_the_run_to_which_nothing_happened(place: Place, story: str, here: Future[Run]) -> None:

@@ -28,7 +28,7 @@ from .configuration import (
     stages,
 )
 from .install import CERTIFICATES, Say, run
-from .layout import Layout
+from .layout import DOCKER, Layout
 from .programs import Program, Supervisor
 from .sandbox import Sandbox
 
@@ -38,8 +38,6 @@ KUBERNETES_PROGRAMS = ("kubernetes", "compose", "kwok")
 BASE_IMAGE = "debian:bookworm-slim"
 TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 WORTH_TELLING_SECONDS = 0.5
-DOCKER = "/usr/bin/docker"
-"""Debian's: it builds without plug-ins, which other clients on the path may not."""
 
 
 def up_engine(layout: Layout, say: Say) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from trainer.spec.errors import ClusterError
 
 ROOT = Path(__file__).parents[3]
+DOCKER = "/usr/bin/docker"
+"""Debian's: it builds without plug-ins, which other clients on the path may not."""
 LONGEST_FOLDER = 60
 """In bytes: the path of a Unix socket may have 107."""
 
