@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import TypeVar
 import boto3
 import psutil
 import pytest
+
+from tests.waiting import eventually
 
 COMMAND = Path(sys.executable).with_name("utaforge")
 COMPILED = Path(__file__).parents[2] / ".utaforge" / "cache" / "torch_extensions"
@@ -24,15 +25,6 @@ T = TypeVar("T")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that of two at work neither ends long before the other."""
     items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
-
-
-def eventually(condition: Callable[[], T], seconds: float = 600.0) -> T:
-    """The first true value of ``condition``; fails once ``seconds`` have passed without one."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return value
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from launcher.backends.local import STARTS, LocalBackend
 from launcher.backends.ray_jobs import RayJobs
 from launcher.runs import create_or_resume
-from tests.cluster.conftest import eventually
+from tests.waiting import eventually
 from trainer.spec import load_job
 from trainer.spec.errors import ClusterError
 

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from launcher.plan import plan
 from launcher.runs import create_or_resume
-from tests.cluster.conftest import Started, Utaforge, eventually
+from tests.cluster.conftest import Started, Utaforge
 from tests.cluster.ranks import Ranks, rank_of
+from tests.waiting import eventually
 from trainer.data.prepare import prepare
 from trainer.spec import load_job
 

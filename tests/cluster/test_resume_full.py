@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from launcher.plan import plan
 from launcher.runs import create_or_resume
-from tests.cluster.conftest import eventually
 from tests.cluster.ranks import Ranks, rank_of
+from tests.waiting import eventually
 from trainer.data.prepare import prepare
 from trainer.spec import load_job
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cluster.conftest import eventually
+from tests.waiting import eventually
 from trainer.audio.write import encode
 from trainer.spec import Job, dump_job
 from trainer.store import open_store

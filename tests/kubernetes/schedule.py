@@ -8,10 +8,10 @@ from typing import Any
 
 from launcher.runs import Run
 from tests.cluster.conftest import Utaforge
-from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.images import Images
 from tests.kubernetes.overlay import Namespace
 from tests.kubernetes.place import SMALL, Place
+from tests.waiting import eventually
 from trainer.data.prepare import prepare
 from trainer.spec import load_job
 from trainer.store import Store, open_store

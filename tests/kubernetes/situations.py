@@ -10,8 +10,8 @@ from launcher.plan import plan
 from launcher.runs import Run, create_or_resume
 from launcher.snapshot import gather
 from launcher.why import Cause, diagnose
-from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.place import Place
+from tests.waiting import eventually
 from trainer.spec import load_job
 
 JOB = """\

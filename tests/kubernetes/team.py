@@ -11,8 +11,9 @@ from typing import Any
 import boto3
 from werkzeug.security import generate_password_hash
 
-from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.cluster.access import Cluster
 from tests.kubernetes.overlay import Namespace, Objects, of_kind
+from tests.waiting import eventually
 
 ARTIFACTS = "歌"
 """Where MLflow keeps them in the bucket."""

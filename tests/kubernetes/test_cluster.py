@@ -15,10 +15,11 @@ import pytest
 from botocore.config import Config
 
 from tests.cluster.conftest import Utaforge
-from tests.kubernetes.cluster.access import RAY_CRD, Cluster, eventually
+from tests.kubernetes.cluster.access import RAY_CRD, Cluster
 from tests.kubernetes.cluster.control import down, environment, status, up
 from tests.kubernetes.cluster.gpus import GPU, NODES, gpus_on_the_node, simulated_nodes
 from tests.kubernetes.cluster.layout import Layout
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pytest
 
 from launcher.runs import Run
-from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.cluster.access import Cluster
 from tests.kubernetes.cluster.gpus import NODES, simulated_nodes
 from tests.kubernetes.place import Place
 from tests.kubernetes.situations import Situations, cause_of, gpu_nodes
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(600)
 WHERE = {

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from launcher.runs import Run, runs_of
-from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.place import Place
 from tests.kubernetes.same import same_bits
 from tests.kubernetes.story import STORY
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(3600)
 NONE_LEFT = ("rayjobs", "rayclusters", "pods", "jobs", "services", "poddisruptionbudgets", "networkpolicies")

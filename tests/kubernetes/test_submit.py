@@ -10,12 +10,12 @@ import pytest
 
 from launcher.runs import Run
 from tests.cluster.conftest import Said
-from tests.kubernetes.cluster.access import eventually
 from tests.kubernetes.place import LAUNCHER, MOST_SECONDS, STEPS, Place, as_options, changed_checkout, kubeconfig_of
 from tests.kubernetes.proxy import BAD_DAY, through_a_proxy
 from tests.kubernetes.rights import RIGHTS, rights_used
 from tests.kubernetes.same import same_bits
 from tests.kubernetes.situations import cause_of, ended_with_its_first_cluster, gpu_nodes
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("own_code", "damaged")]
 """What takes long goes on beside all tests."""

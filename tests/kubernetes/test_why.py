@@ -16,10 +16,11 @@ import pytest
 from launcher.render.rayjob import SUBMISSION
 from launcher.runs import Run
 from launcher.why import Cause
-from tests.kubernetes.cluster.access import Cluster, eventually
+from tests.kubernetes.cluster.access import Cluster
 from tests.kubernetes.cluster.gpus import gpus_on_the_node
 from tests.kubernetes.images import Images
 from tests.kubernetes.situations import Situations, cause_of, gpu_nodes
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(1800)
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")

@@ -2,8 +2,7 @@
 
 import json
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,15 +73,3 @@ class Cluster:
         if name not in self.environment:
             pytest.skip(f"set {name} to {what}")
         return self.environment[name]
-
-
-def eventually(condition: Callable[[], T], seconds: float = 120.0) -> T:
-    """The first true value of ``condition``; fails once ``seconds`` have passed without one."""
-    deadline = time.monotonic() + seconds
-    while True:
-        began = time.monotonic()
-        if value := condition():
-            return value
-        ended = time.monotonic()
-        assert ended < deadline, "waited in vain"
-        time.sleep(min(max(0.2, 3 * (ended - began)), 5))  # who waits leaves the cores to what is waited for
