@@ -52,10 +52,10 @@ def remains(runs: Sequence[Run]) -> list[Remains]:
     """
     with ThreadPoolExecutor(READERS) as pool:
         places = {place for found in pool.map(_places, runs) for place in found}
-        there = [(place, *named) for place in places for named in _rayjobs(place)]
+        there = {uid: (place, *named) for place in places for uid, *named in _rayjobs(place)}  # two contexts may be one
         at_work = list(pool.map(_at_work, runs))
     found = [
-        Remains(run, busy, tuple((place, name) for place, name, url in there if url == run.url))
+        Remains(run, busy, tuple((place, name) for place, name, url in there.values() if url == run.url))
         for run, busy in zip(runs, at_work, strict=True)
     ]
     return [one for one in found if one.at_work or one.rayjobs]
@@ -120,10 +120,11 @@ def _places(run: Run) -> set[Place]:
     }
 
 
-def _rayjobs(place: Place) -> list[tuple[str, str]]:
-    """(name, run's URL) of every RayJob of ours in a namespace."""
+def _rayjobs(place: Place) -> list[tuple[str, str, str]]:
+    """(uid, name, run's URL) of every RayJob of ours in a namespace."""
     listed = Api(place[0]).list(_RAYJOBS.format(place[1]), labelSelector=SUBMISSION)
-    return [(each["metadata"]["name"], inside(each, "metadata", "annotations", RUN) or "") for each in listed]
+    known = [each["metadata"] for each in listed]
+    return [(known["uid"], known["name"], inside(known, "annotations", RUN) or "") for known in known]
 
 
 def _see_off(place: Place, names: Sequence[str], say: Say) -> None:

@@ -43,6 +43,8 @@ for name in glob.glob("/proc/[0-9]*/comm"):
         os.kill(int(name.split("/")[2]), int(sys.argv[1]))
 """
 OUTAGE_SECONDS = 30.0
+CONTROL_PLANE = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "ray-operator")
+"""What goes with the machine that it is on."""
 HANG_SECONDS = 15.0
 """Of silence that ``why`` takes for a hang here."""
 
@@ -110,7 +112,7 @@ def told_until_held(place: Place) -> Story:
 def told_to_its_end(held: Story) -> str:
     """What the launcher said of a story that was held, which also outlives an outage of nearly everything."""
     held.signal_ranks(signal.SIGCONT)
-    with without("ray-operator", "kube-apiserver", "versitygw"):
+    with without(*CONTROL_PLANE, "versitygw"):
         time.sleep(OUTAGE_SECONDS)
 
     said = held.submission.end(MOST_SECONDS)

@@ -122,9 +122,7 @@ def test_a_queue_that_does_not_let_it_in(why: Callable[..., Cause]) -> None:
 
 
 def test_a_budget_of_hours_that_is_over(why: Callable[..., Cause]) -> None:
-    assert (
-        "raise budget.hours" in why("the budget's hours are over", "over", "budget.hours=0.002", "train.steps=1").cure
-    )
+    assert "raise budget.hours" in why("the budget's hours are over", "over", "budget.hours=0.0005").cure
 
 
 def test_a_pod_that_takes_more_memory_than_it_has(

