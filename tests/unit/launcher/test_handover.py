@@ -11,7 +11,7 @@ import pytest
 from launcher.backends.kubernetes import KubernetesBackend, KubernetesJobs
 from launcher.backends.kubernetes_api import Api
 from launcher.cli import run as utaforge
-from launcher.down import tidy
+from launcher.down import remains, tidy
 from launcher.plan import plan
 from launcher.render.rayjob import Manifest, Submission, manifests
 from launcher.retrain import retrain
@@ -134,6 +134,19 @@ def test_following_without_the_right_to_get_is_told_and_the_run_goes_on(server: 
         submitting.hand_over()
     assert not submitting.marked_stopped
     assert "DELETE" not in {method for method, _ in server.asked}
+
+
+def test_down_names_a_rayjob_once_to_which_two_contexts_lead(
+    server: Server, submitting: Submitting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for context in (None, "uta"):  # from a pod, and from a laptop
+        monkeypatch.setattr(submitting.backend, "context", context)
+        attempt = submitting.run.begin_attempt(submitting.backend, KubernetesJobs("uta", Api()))
+        submitting.run.mark_stopped(attempt)
+    there = rayjob(submitting.run.url, submitting.name, "Running")
+    server.answers |= {f"GET {RAYJOBS}": [(200, {"items": [there]})], f"GET {submitting.path}": [(200, there)]}
+    (found,) = remains([submitting.run])
+    assert [name for _, name in found.rayjobs] == [submitting.name]
 
 
 NAME = "NAME"
