@@ -141,7 +141,7 @@ def opening(team: Team, building: Images) -> Iterator[Future[None]]:
 
     def opened() -> None:
         building.wait()
-        team.bring_up()
+        team.bring_up_mlflow()
 
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(opened)

@@ -54,8 +54,8 @@ class Team:
     admin: User = field(default_factory=lambda: ("admin", secrets.token_hex(16)))
     trainer: User = field(default_factory=lambda: ("utaforge", secrets.token_hex(16)))
 
-    def bring_up(self) -> None:
-        """MLflow, whose image has to be there to be pulled; then runs can be submitted."""
+    def bring_up_mlflow(self) -> None:
+        """Once its image can be pulled."""
         (mlflow,) = of_kind(self.servers, "Deployment")
         client = _client(mlflow["spec"]["template"]["spec"]["containers"][0]["image"])
         self.namespace.apply([*self.servers, client])
@@ -63,9 +63,8 @@ class Team:
             self.namespace.kubectl("wait", f"--for=condition={condition}", awaited, "--timeout=290s")
         self.hash_lightly(self.admin)
         self.add_user(self.trainer)
-        eventually(self._quota_is_known)
 
-    def _quota_is_known(self) -> bool:
+    def quota_is_known(self) -> bool:
         """Whether all is counted that it limits: of RayJobs Kubernetes hears half a minute after their CRD."""
         status = self.namespace.get("resourcequota", "utaforge").get("status", {})
         return "used" in status and status["used"].keys() == status["hard"].keys()
@@ -111,7 +110,7 @@ class Team:
 
 @contextmanager
 def a_team(cluster: Cluster, images: Mapping[str, str], scratch: Path) -> Iterator[Team]:
-    """A team in ``cluster``, with a bucket of its own; for the caller to ``bring_up``.
+    """A team in ``cluster``, with a bucket of its own; its MLflow is for the caller to bring up.
 
     Args:
         cluster: where.
@@ -135,6 +134,7 @@ def a_team(cluster: Cluster, images: Mapping[str, str], scratch: Path) -> Iterat
         with namespace.holding(objects):
             _make_secrets(team, keys)
             namespace.apply([each for each in objects if each not in servers])
+            eventually(team.quota_is_known)
             yield team
 
 

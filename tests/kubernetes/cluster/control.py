@@ -146,20 +146,24 @@ def _programs(layout: Layout) -> list[Program]:
 
 
 def _start_kubernetes(layout: Layout, supervisor: Supervisor, say: Say) -> None:
+    api_server, controllers = stages(layout)[1:]
     with _phase("Kubernetes", say):
-        for stage in stages(layout)[1:]:
-            supervisor.start(stage)
+        supervisor.start(api_server)
+        if not all(supervisor.process(program) for program in controllers):
+            _teach_kuberay(layout)  # or else quotas of RayJobs are unknown for half a minute
+        supervisor.start(controllers)
     with _phase("KubeRay, kwok", say):
-        extras = operators(layout)
-        if not all(supervisor.process(program) for program in extras):
-            config = layout.programs / "kuberay-manifests"
-            manifests = ("-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
-            kubectl(layout, "apply", "--server-side", *manifests)
-            _apply(layout, _binding())
-        supervisor.start(extras)
+        supervisor.start(operators(layout))
     with _phase("node, volumes", say):
         volumes.renew(layout, functools.partial(kubectl, layout))
         kubectl(layout, "wait", "--for=condition=Ready", f"node/{NODE}", "--timeout=120s")
+
+
+def _teach_kuberay(layout: Layout) -> None:
+    """The API server hears of KubeRay's objects, and what its operator may do."""
+    config = layout.programs / "kuberay-manifests"
+    kubectl(layout, "apply", "--server-side", "-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
+    _apply(layout, _binding())
 
 
 def _end(layout: Layout, sandbox: Sandbox) -> None:
