@@ -43,8 +43,8 @@ for name in glob.glob("/proc/[0-9]*/comm"):
         os.kill(int(name.split("/")[2]), int(sys.argv[1]))
 """
 OUTAGE_SECONDS = 30.0
-CONTROL_PLANE = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "ray-operator")
-"""What goes with the machine that it is on."""
+CONTROL_PLANE = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "ray-operator")
+"""What goes with its machine. Were only the API server gone, the others would look for it ever less often."""
 HANG_SECONDS = 15.0
 """Of silence that ``why`` takes for a hang here."""
 
