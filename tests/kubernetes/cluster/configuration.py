@@ -38,10 +38,9 @@ def stages(layout: Layout) -> list[list[Program]]:
             _containerd(layout),
             _registry(layout),
             _private_registry(layout),
-            _s3(layout),
             _dockerd(layout),
         ],
-        [_api_server(layout, authority)],
+        [_api_server(layout, authority), _s3(layout)],
         [
             _controller_manager(layout, authority, kubeconfig),
             _scheduler(layout, kubeconfig),

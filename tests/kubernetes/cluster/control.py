@@ -32,8 +32,8 @@ from .layout import DOCKER, Layout
 from .programs import Program, Supervisor
 from .sandbox import Sandbox
 
-ENGINE_PROGRAMS = ("pause", "versitygw")
-KUBERNETES_PROGRAMS = ("kubernetes", "kwok")
+ENGINE_PROGRAMS = ("pause",)
+KUBERNETES_PROGRAMS = ("kubernetes", "kwok", "versitygw")
 """What takes longest to build is begun first."""
 BASE_IMAGE = "debian:bookworm-slim"
 TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -41,7 +41,7 @@ WORTH_TELLING_SECONDS = 0.5
 
 
 def up_engine(layout: Layout, say: Say) -> None:
-    """Start what images are built and stored with: Docker's engine, the registry with a base image, the S3 server.
+    """Start what images are built and stored with: Docker's engine, and the registry with a base image.
 
     Raises:
         ClusterError: this machine cannot run a cluster, or a program does not start.
@@ -53,7 +53,7 @@ def up_engine(layout: Layout, say: Say) -> None:
         with _alone(install.cache()), ThreadPoolExecutor() as pool:
             with _phase("packages", say):
                 install.packages(say)
-            with _phase("base image, S3 server", say):
+            with _phase("base image", say):
                 making = pool.submit(install.base_image, say)
                 built = install.programs(ENGINE_PROGRAMS, say)
                 base = making.result()
@@ -64,7 +64,7 @@ def up_engine(layout: Layout, say: Say) -> None:
             for folder in (layout.state, layout.images / "registry"):
                 folder.mkdir(parents=True, exist_ok=True)
             sandbox.open(layout.programs / "pause")
-        with _phase("etcd, containerd, docker, registry, S3", say):
+        with _phase("etcd, containerd, docker, registry", say):
             Supervisor(layout, sandbox).start(stages(layout)[0])
         with _phase("images", say):
             _push(layout, base, BASE_IMAGE, *(f"ENV {name}={CERTIFICATES}" for name in TRUST), 'CMD ["bash"]')
@@ -146,9 +146,10 @@ def _programs(layout: Layout) -> list[Program]:
 
 
 def _start_kubernetes(layout: Layout, supervisor: Supervisor, say: Say) -> None:
-    api_server, controllers = stages(layout)[1:]
+    servers, controllers = stages(layout)[1:]
+    with _phase("API server, S3", say):
+        supervisor.start(servers)
     with _phase("Kubernetes", say):
-        supervisor.start(api_server)
         if not all(supervisor.process(program) for program in controllers):
             _teach_kuberay(layout)  # or else quotas of RayJobs are unknown for half a minute
         supervisor.start(controllers)

@@ -164,7 +164,7 @@ def _go() -> str:
 
 def _build(go: str, source: Path, folder: Path) -> None:
     linker = f"-ldflags=-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"
-    compiler = "-gcflags=all=-dwarf=false"  # with less collecting of garbage this takes 12 % less time
+    compiler = "-gcflags=all=-dwarf=false -l"  # nothing is inlined: a quarter less to compile
     environment = os.environ | {"CGO_ENABLED": "0", "GOGC": "400"}
     run(go, "build", "-trimpath", compiler, linker, "-o", f"{folder}/", "tool", folder=source, environment=environment)
     if source.name in RENAMED:
