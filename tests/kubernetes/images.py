@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,25 @@ class Images:
 
     def _build_packages(self) -> str:
         image = self.name("trainer", "packages")
-        dockerfile = f"--file={self.folder}/docker/Dockerfile"
-        self.run("docker", "build", BUILD, "--target=trainer-packages", dockerfile, f"--tag={image}", self.folder)
+        self._build_target("trainer-packages", f"--tag={image}")
         return image
 
     def _build_all(self) -> None:
-        """The packages' layer of 5 GB goes into the registry beside all the rest."""
+        """The packages' layer of 5 GB is in the registry before anything is pushed that has it."""
         packages = self.packages.result()
         with ThreadPoolExecutor() as pool:
-            beside: list[Future[Any]] = [pool.submit(self.stand_in, "postgresql")]
+            postgresql = pool.submit(self.stand_in, "postgresql")
+            deepspeed = pool.submit(self._build_target, "deepspeed")
             if self.own:
-                beside.append(pool.submit(store_layers, Layout.of_environment(), packages))
+                store_layers(Layout.of_environment(), packages)
+            deepspeed.result()
             self.build(TAG)
             self.stand_in("mlflow")
-            for each in beside:
-                each.result()
+            postgresql.result()
+
+    def _build_target(self, target: str, *options: str) -> None:
+        dockerfile = f"--file={self.folder}/docker/Dockerfile"
+        self.run("docker", "build", BUILD, f"--target={target}", dockerfile, *options, self.folder)
 
     def build(self, tag: str) -> None:
         """Build and push both."""

@@ -28,6 +28,7 @@ from .configuration import (
     stages,
 )
 from .install import CERTIFICATES, Say, run
+from .layers import store_layers
 from .layout import DOCKER, Layout
 from .programs import Program, Supervisor
 from .sandbox import Sandbox
@@ -204,6 +205,7 @@ def _push(layout: Layout, archive: Path, name: str, *changes: str) -> None:
         run(*docker, "import", *options, archive, name)
         run(*docker, "tag", name, remote)
     if not (layout.images / "registry/docker/registry/v2/repositories" / name.partition(":")[0]).exists():
+        store_layers(layout, remote)
         run(*docker, "push", remote)
 
 
