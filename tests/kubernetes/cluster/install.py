@@ -1,5 +1,7 @@
 """What a cluster is made of, from Debian's packages and Go modules; made once, kept in the user's cache."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -7,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,14 +98,16 @@ def programs(sources: Iterable[str], say: Say) -> list[Path]:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             digest.update(path.read_bytes())
         folder = cache() / f"{name}-{digest.hexdigest()[:12]}"
-        if not folder.exists():
-            say(f"building {name}")
-            unfinished = folder.with_suffix(".unfinished")
-            _build(go, source, unfinished)
-            unfinished.rename(folder)
+        with alone(cache() / f"{name}.lock"):
+            if not folder.exists():
+                say(f"building {name}")
+                unfinished = folder.with_suffix(".unfinished")
+                _build(go, source, unfinished)
+                unfinished.rename(folder)
         return folder
 
-    go = _go()
+    with alone(cache() / "go.lock"):
+        go = _go()
     with ThreadPoolExecutor(2) as pool:  # while one is downloaded or linked, another is compiled
         return [path for folder in pool.map(built, sources) for path in folder.iterdir()]
 
@@ -128,6 +132,14 @@ def cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "utaforge" / "kubernetes"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One at a time, of all threads and processes."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(*argv: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None) -> str:
