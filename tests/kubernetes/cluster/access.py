@@ -4,11 +4,10 @@ import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-T = TypeVar("T")
 RAY_CRD = "rayjobs.ray.io"
 
 
