@@ -1,7 +1,5 @@
 """What a cluster is made of, from Debian's packages and Go modules; made once, kept in the user's cache."""
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -9,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,16 +96,14 @@ def programs(sources: Iterable[str], say: Say) -> list[Path]:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             digest.update(path.read_bytes())
         folder = cache() / f"{name}-{digest.hexdigest()[:12]}"
-        with alone(cache() / f"{name}.lock"):
-            if not folder.exists():
-                say(f"building {name}")
-                unfinished = folder.with_suffix(".unfinished")
-                _build(go, source, unfinished)
-                unfinished.rename(folder)
+        if not folder.exists():
+            say(f"building {name}")
+            unfinished = folder.with_suffix(".unfinished")
+            _build(go, source, unfinished)
+            unfinished.rename(folder)
         return folder
 
-    with alone(cache() / "go.lock"):
-        go = _go()
+    go = _go()
     with ThreadPoolExecutor(2) as pool:  # while one is downloaded or linked, another is compiled
         return [path for folder in pool.map(built, sources) for path in folder.iterdir()]
 
@@ -132,14 +128,6 @@ def cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "utaforge" / "kubernetes"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """One at a time, of all threads and processes."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def run(*argv: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None) -> str:
