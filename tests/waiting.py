@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-SHORTEST, LONGEST = 0.05, 5.0
+SHORTEST, LONGEST = 0.05, 2.0
 """Seconds between two looks."""
 
 
@@ -21,4 +21,4 @@ def eventually(condition: Callable[[], T], seconds: float = 600.0) -> T:
             return value
         ended = time.monotonic()
         assert ended < deadline, "waited in vain"
-        time.sleep(min(max(SHORTEST, 4 * (ended - began)), LONGEST))
+        time.sleep(min(max(SHORTEST, 3 * (ended - began)), LONGEST))

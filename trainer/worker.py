@@ -48,6 +48,8 @@ OOM_COUNTS = Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/m
 """Where Linux counts, by version 2 and version 1 of control groups: ``memory.events`` in its ``cgroup-v2.rst``, and
 ``oom_kill`` in ``mm/memcontrol-v1.c``."""
 _CUT_OFF = re.compile(r"gloo|nccl|connection|timed? ?out|peer", re.IGNORECASE)
+_GROUP_GONE = "process group has not been initialized"
+"""torch's ``ValueError`` in a rank whose group Ray Train has taken down, since another rank was lost."""
 
 
 def run_rank(run_url: str, notice: Callable[[], bool]) -> bool:
@@ -313,8 +315,8 @@ def _telling_failures(run: RunDirectory) -> Iterator[None]:
     except UtaforgeError as error:
         run.report_failure(error)
         raise
-    except RuntimeError as error:
-        if _CUT_OFF.search(str(error)):
+    except (RuntimeError, ValueError) as error:
+        if _CUT_OFF.search(str(error)) if isinstance(error, RuntimeError) else _GROUP_GONE in str(error):
             raise
         run.report_failure(unexpected(error))
         raise

@@ -19,6 +19,15 @@ SUNG = {
 """Module of the trainer → what it says, and what it says in this job's checkout alone."""
 
 
+UNHURRIED = {
+    "loop.py": (
+        "        result = engine.step(",
+        "        time.sleep(0.5 if engine.steps < 50 else 0)\n        result = engine.step(",
+    )
+}
+"""What gives the worker time to be taken away before all steps are made."""
+
+
 def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
     """Submit it, leave at its first step, and take a worker away with notice; what was said before Ctrl-C, and after.
 
@@ -42,7 +51,7 @@ def left_and_reclaimed(place: Place) -> tuple[Said, Said]:
         "budget.hours=1",
         f"cluster.namespace={place.namespace}",
         *_image(place),
-        f"cluster.code={changed_checkout(place.utaforge.folder / 'sung', SUNG)}",
+        f"cluster.code={changed_checkout(place.utaforge.folder / 'sung', SUNG | UNHURRIED)}",
         "cluster.profile=roomy",
         "cluster.workers=2",
         "cluster.spot=false",

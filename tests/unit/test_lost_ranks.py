@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from trainer.driver.attempt import why_lost
-from trainer.worker import killed_for_memory
+from trainer.rundir import FAILURE, RunDirectory
+from trainer.worker import _telling_failures, killed_for_memory  # pyright: ignore[reportPrivateUsage]
 
 MEMORY = """Training failed due to controller error:
 1 worker(s) were killed due to the node running low on memory. Top 10 memory users: 歌
@@ -47,3 +48,21 @@ def test_what_the_kernel_has_killed_for_memory_is_read_by_either_version_of_cont
     if counts:
         path.write_text(counts)
     assert killed_for_memory([tmp_path / "gone", path]) == killed
+
+
+@pytest.mark.parametrize(
+    ("error", "reported"),
+    [
+        (ValueError("Default process group has not been initialized, please make sure to call init_process_group."), 0),
+        (RuntimeError("[gloo] Connection closed by peer"), 0),
+        (ValueError("歌: connection"), 1),
+    ],
+    ids=["group gone", "peer gone", "its own"],
+)
+def test_a_rank_that_another_ones_end_cut_off_reports_no_failure_of_the_run(
+    error: Exception, reported: int, tmp_path: Path
+) -> None:
+    run = RunDirectory(f"file://{tmp_path}")
+    with pytest.raises(type(error)), _telling_failures(run):
+        raise error
+    assert run.store.exists(FAILURE) == bool(reported)
