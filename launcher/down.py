@@ -124,7 +124,7 @@ def _rayjobs(place: Place) -> list[tuple[str, str, str]]:
     """(uid, name, run's URL) of every RayJob of ours in a namespace."""
     listed = Api(place[0]).list(_RAYJOBS.format(place[1]), labelSelector=SUBMISSION)
     known = [each["metadata"] for each in listed]
-    return [(known["uid"], known["name"], inside(known, "annotations", RUN) or "") for known in known]
+    return [(each["uid"], each["name"], inside(each, "annotations", RUN) or "") for each in known]
 
 
 def _see_off(place: Place, names: Sequence[str], say: Say) -> None:

@@ -168,6 +168,12 @@ def as_options(overrides: Iterable[str]) -> list[str]:
     return [part for override in overrides for part in ("--set", override)]
 
 
+def slow_steps(seconds: float, until: int) -> dict[str, tuple[str, str]]:
+    """A change of a checkout: each step before ``until`` takes so much longer, and no cores."""
+    step = "        result = engine.step("
+    return {"loop.py": (step, f"        time.sleep({seconds} if engine.steps < {until} else 0)\n{step}")}
+
+
 def changed_checkout(folder: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
     """A checkout in ``folder`` whose trainer differs: module → a text that it has, and what it has there instead."""
     shutil.copytree(ROOT / "trainer", folder / "trainer", ignore=shutil.ignore_patterns("__pycache__"))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tests.cluster.conftest import Said
 from tests.kubernetes.images import ROOT
-from tests.kubernetes.place import MOST_SECONDS, Place, as_options, changed_checkout
+from tests.kubernetes.place import MOST_SECONDS, Place, as_options, changed_checkout, slow_steps
 
 JOB = ROOT / "jobs" / "songbloom_ja.yaml"
 NAME, STEPS = "songbloom-ja", 90
@@ -19,12 +19,7 @@ SUNG = {
 """Module of the trainer → what it says, and what it says in this job's checkout alone."""
 
 
-UNHURRIED = {
-    "loop.py": (
-        "        result = engine.step(",
-        "        time.sleep(0.5 if engine.steps < 50 else 0)\n        result = engine.step(",
-    )
-}
+UNHURRIED = slow_steps(0.5, until=50)
 """What gives the worker time to be taken away before all steps are made."""
 
 

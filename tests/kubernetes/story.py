@@ -12,17 +12,12 @@ import pytest
 
 from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
-from tests.kubernetes.place import MOST_SECONDS, Place, changed_checkout
+from tests.kubernetes.place import MOST_SECONDS, Place, changed_checkout, slow_steps
 from tests.kubernetes.situations import cause_of
 
 STORY = "sakura"
-SLOW = {
-    "loop.py": (
-        "        result = engine.step(",
-        "        time.sleep(3 if engine.steps < 24 else 0)\n        result = engine.step(",
-    )
-}
-"""A checkout whose steps take time, and no cores; the last ones do not, when all has happened."""
+SLOW = slow_steps(3, until=24)
+"""The last ones are not, when all has happened."""
 EAT = """
 import glob, os, pathlib, time
 for _ in range(3):
