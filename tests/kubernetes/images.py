@@ -54,10 +54,10 @@ class Images:
         packages = self.packages.result()
         with ThreadPoolExecutor() as pool:
             postgresql = pool.submit(self.stand_in, "postgresql")
-            deepspeed = pool.submit(self._build_target, "deepspeed")
+            trainer = pool.submit(self._build_target, "trainer")
             if self.own:
                 store_layers(Layout.of_environment(), packages)
-            deepspeed.result()
+            trainer.result()
             self.build(TAG)
             self.stand_in("mlflow")
             postgresql.result()

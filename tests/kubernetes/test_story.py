@@ -40,6 +40,7 @@ def test_one_cluster_was_lost_with_its_head_and_none_besides(place: Place, story
 def test_each_loss_is_told_by_what_it_was(story: str) -> None:
     assert re.search("(its machine or|this) pod ran out of memory", story)
     assert "the server cannot be reached" in story
+    assert "MLflow at http://mlflow:5000 is out of reach" in story
     assert "Traceback" not in story
     assert "autoscaler" not in story
 

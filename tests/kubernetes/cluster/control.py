@@ -34,7 +34,7 @@ from .programs import Program, Supervisor
 from .sandbox import Sandbox
 
 ENGINE_PROGRAMS = ("pause",)
-KUBERNETES_PROGRAMS = ("kubernetes", "kwok", "versitygw")
+KUBERNETES_PROGRAMS = ("kubernetes", "versitygw")
 """What takes longest to build is begun first."""
 BASE_IMAGE = "debian:bookworm-slim"
 TRUST = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")

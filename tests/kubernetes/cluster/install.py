@@ -16,10 +16,12 @@ from trainer.spec.errors import ClusterError
 SOURCES = Path(__file__).parents[1] / "programs"
 VERSION = "v1.34.4"
 MANIFESTS = {
-    "kubernetes": ("github.com/ray-project/kuberay/ray-operator", "config", "kuberay-manifests"),
-    "kwok": ("sigs.k8s.io/kwok", "kustomize/stage", "kwok-manifests"),
+    "kubernetes": (
+        ("github.com/ray-project/kuberay/ray-operator", "config", "kuberay-manifests"),
+        ("sigs.k8s.io/kwok", "kustomize/stage", "kwok-manifests"),
+    )
 }
-"""Of our sources: the Go module with files that are needed beside the programs, the folder in it, our name for it."""
+"""Of our sources: Go modules with files that are needed beside the programs, the folder in each, our name for it."""
 RENAMED = {"kubernetes": ("cmd", "docker-compose")}
 """Of our sources: what Go calls a program, after its folder, and what it has to be called."""
 GO_VERSION = (1, 26)
@@ -164,14 +166,13 @@ def _go() -> str:
 
 def _build(go: str, source: Path, folder: Path) -> None:
     linker = f"-ldflags=-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"
-    compiler = "-gcflags=all=-dwarf=false -l"  # nothing is inlined: a quarter less to compile
+    compiler = ("-gcflags=all=-dwarf=false -l", "-gcflags=std=-dwarf=false")  # inlining takes a third of compiling
     environment = os.environ | {"CGO_ENABLED": "0", "GOGC": "400"}
-    run(go, "build", "-trimpath", compiler, linker, "-o", f"{folder}/", "tool", folder=source, environment=environment)
+    run(go, "build", "-trimpath", *compiler, linker, "-o", f"{folder}/", "tool", folder=source, environment=environment)
     if source.name in RENAMED:
         built, name = RENAMED[source.name]
         (folder / built).rename(folder / name)
-    if source.name in MANIFESTS:
-        module, part, name = MANIFESTS[source.name]
+    for module, part, name in MANIFESTS.get(source.name, ()):
         where = run(go, "list", "-m", "-f", "{{.Dir}}", module, folder=source)
         shutil.copytree(Path(where.strip(), part), folder / name, dirs_exist_ok=True)
 
