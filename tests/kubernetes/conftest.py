@@ -12,8 +12,8 @@ import pytest
 from launcher.runs import Run
 from tests.cluster.conftest import Said
 from tests.kubernetes.cluster.access import RAY_CRD, Cluster
-from tests.kubernetes.cluster.control import environment, up, up_engine
-from tests.kubernetes.cluster.install import Say, obstacles
+from tests.kubernetes.cluster.control import KUBERNETES_PROGRAMS, environment, up, up_engine
+from tests.kubernetes.cluster.install import Say, obstacles, programs
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.images import Images
 from tests.kubernetes.place import Place, a_place
@@ -72,19 +72,22 @@ def say(pytestconfig: pytest.Config) -> Say:
 
 
 @pytest.fixture(scope="session")
-def engine(say: Say) -> Cluster:
+def engine(say: Say) -> Iterator[Cluster]:
     """The cluster as soon as images can be built and pushed: from nothing, Kubernetes takes minutes more."""
     if _somebodys():
         found = Cluster(os.environ, own=False)
         if RAY_CRD not in found.kubectl("get", "crd", "-o", "name"):
             pytest.skip("the cluster of KUBECONFIG has no KubeRay")
-        return found
+        yield found
+        return
     if reasons := obstacles():
         because = f"no cluster can be brought up here: {'; '.join(reasons)}"
         pytest.fail(because) if os.environ.get("CI") else pytest.skip(because)
     layout = Layout.of_environment()
-    up_engine(layout, say)
-    return Cluster(os.environ | environment(layout), own=True)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(programs, KUBERNETES_PROGRAMS, say, niceness=19)  # for ``up``, which asks again
+        up_engine(layout, say)
+        yield Cluster(os.environ | environment(layout), own=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Bring the cluster up, end it, and tell how it is."""
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -27,7 +26,7 @@ from .configuration import (
     operators,
     stages,
 )
-from .install import CERTIFICATES, Say, run
+from .install import CERTIFICATES, Say, alone, run
 from .layers import store_layers
 from .layout import DOCKER, Layout
 from .programs import Program, Supervisor
@@ -50,8 +49,8 @@ def up_engine(layout: Layout, say: Say) -> None:
     if reasons := install.obstacles():
         raise ClusterError(f"no cluster can be brought up here: {'; '.join(reasons)}", "set KUBECONFIG to use your own")
     layout.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(layout.folder):
-        with _alone(install.cache()), ThreadPoolExecutor() as pool:
+    with alone(layout.folder / "lock"):
+        with alone(install.cache() / "lock"), ThreadPoolExecutor() as pool:
             with _phase("packages", say):
                 install.packages(say)
             with _phase("base image", say):
@@ -75,8 +74,8 @@ def up_engine(layout: Layout, say: Say) -> None:
 def up(layout: Layout, say: Say) -> None:
     """Start what is not running, and return when pods can run; raises as ``up_engine``."""
     up_engine(layout, say)
-    with _alone(layout.folder):
-        with _alone(install.cache()), _phase("programs", say):
+    with alone(layout.folder / "lock"):
+        with _phase("programs", say):
             built = install.programs(KUBERNETES_PROGRAMS, say)
         _link(layout.programs, built)
         _link(layout.docker_config / "cli-plugins", [path for path in built if path.name == "docker-compose"])
@@ -86,7 +85,7 @@ def up(layout: Layout, say: Say) -> None:
 def down(layout: Layout) -> None:
     """End everything; images stay in the folder for the next time."""
     layout.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(layout.folder):
+    with alone(layout.folder / "lock"):
         _end(layout, Sandbox(layout))
 
 
@@ -223,14 +222,6 @@ def _binding() -> dict[str, object]:
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": OPERATOR},
         "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": OPERATOR}],
     }
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One command at a time in ``folder``."""
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

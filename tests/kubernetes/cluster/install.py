@@ -1,5 +1,7 @@
 """What a cluster is made of, from Debian's packages and Go modules; made once, kept in the user's cache."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -7,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,11 +87,14 @@ def packages(say: Say) -> None:
             policy.unlink()
 
 
-def programs(sources: Iterable[str], say: Say) -> list[Path]:
+def programs(sources: Iterable[str], say: Say, niceness: int = 0) -> list[Path]:
     """What our Go modules build: programs, and the manifests beside them.
 
-    A source is a folder with one module, or with several that share most of what they are made of: a Go workspace,
-    where that is compiled once.
+    Args:
+        sources: folders with one module, or with several that share most of what they are made of: a Go workspace,
+            where that is compiled once.
+        say: where to tell what is built.
+        niceness: up to 19: leave the cores to whatever else this process has begun.
     """
 
     def built(name: str) -> Path:
@@ -98,14 +103,16 @@ def programs(sources: Iterable[str], say: Say) -> list[Path]:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             digest.update(path.read_bytes())
         folder = cache() / f"{name}-{digest.hexdigest()[:12]}"
-        if not folder.exists():
-            say(f"building {name}")
-            unfinished = folder.with_suffix(".unfinished")
-            _build(go, source, unfinished)
-            unfinished.rename(folder)
+        with alone(cache() / f"{name}.lock"):
+            if not folder.exists():
+                say(f"building {name}")
+                unfinished = folder.with_suffix(".unfinished")
+                _build(go, source, unfinished, niceness)
+                unfinished.rename(folder)
         return folder
 
-    go = _go()
+    with alone(cache() / "go.lock"):
+        go = _go()
     with ThreadPoolExecutor(2) as pool:  # while one is downloaded or linked, another is compiled
         return [path for folder in pool.map(built, sources) for path in folder.iterdir()]
 
@@ -130,6 +137,14 @@ def cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "utaforge" / "kubernetes"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One at a time, of all threads and processes."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(*argv: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None) -> str:
@@ -164,11 +179,12 @@ def _go() -> str:
     return str(program)
 
 
-def _build(go: str, source: Path, folder: Path) -> None:
+def _build(go: str, source: Path, folder: Path, niceness: int) -> None:
     linker = f"-ldflags=-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"
     compiler = ("-gcflags=all=-dwarf=false -l", "-gcflags=std=-dwarf=false")  # inlining takes a third of compiling
     environment = os.environ | {"CGO_ENABLED": "0", "GOGC": "400"}
-    run(go, "build", "-trimpath", *compiler, linker, "-o", f"{folder}/", "tool", folder=source, environment=environment)
+    build = ("nice", f"-n{niceness}", go, "build", "-trimpath", *compiler, linker, "-o", f"{folder}/", "tool")
+    run(*build, folder=source, environment=environment)
     if source.name in RENAMED:
         built, name = RENAMED[source.name]
         (folder / built).rename(folder / name)
