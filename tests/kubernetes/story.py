@@ -1,13 +1,12 @@
 """The demo once more, which loses a worker, its memory and its head, and goes on each time.
 
-Then it is held until nobody else needs MLflow, which is taken away, and the cluster, whose programs are killed.
+Then it is held until nobody else needs the cluster, whose programs are killed.
 """
 
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,6 @@ from tests.kubernetes.cluster.control import kill, up
 from tests.kubernetes.cluster.layout import Layout
 from tests.kubernetes.place import MOST_SECONDS, Place, changed_checkout, slow_steps
 from tests.kubernetes.situations import cause_of
-from tests.waiting import eventually
 
 STORY = "sakura"
 SLOW = slow_steps(3, until=24)
@@ -39,7 +37,6 @@ for name in glob.glob("/proc/[0-9]*/comm"):
     if "ray::RayTrain" in pathlib.Path(name).read_text():
         os.kill(int(name.split("/")[2]), int(sys.argv[1]))
 """
-MLFLOW = "--selector=app.kubernetes.io/name=mlflow"
 OUTAGE_SECONDS = 30.0
 CONTROL_PLANE = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "ray-operator")
 """What goes with its machine. Were only the API server gone, the others would look for it ever less often."""
@@ -76,23 +73,17 @@ class Story:
         for pod in self.place.pods(STORY, "worker"):
             self.namespace.kubectl("exec", pod, "--", "python", "-c", SIGNAL, str(number.value))
 
-    @contextmanager
-    def without_mlflow(self) -> Iterator[None]:
-        """Until its next server begins."""
-        self.namespace.kubectl("scale", "deployment/mlflow", "--replicas=0")
-        yield
-        self.namespace.kubectl("scale", "deployment/mlflow", "--replicas=1")
-        eventually(lambda: any(map(_runs, self.namespace.get("pods", MLFLOW)["items"])))
-
 
 def told_until_held(place: Place) -> Story:
     """The story until its ranks are held on its second cluster; each loss is explained when it happens."""
     told = Story(place)
 
+    told.namespace.kubectl("scale", "deployment/mlflow", "--replicas=0")
     before = told.resumed
     place.take_away(place.pods(STORY, "worker")[0])
     assert "-worker-" in cause_of(place.run(STORY), "a worker was taken away", among=None).evidence
     told.goes_on(before)
+    told.namespace.kubectl("scale", "deployment/mlflow", "--replicas=1")
 
     before = told.resumed
     told.namespace.kubectl("exec", place.pods(STORY, "worker")[0], "--", "python", "-c", EAT, check=False)
@@ -114,20 +105,14 @@ def told_until_held(place: Place) -> Story:
 
 
 def told_to_its_end(held: Story) -> str:
-    """What the launcher said of a story that was held, which also outlives outages that others would not."""
-    with held.without_mlflow():
-        held.signal_ranks(signal.SIGCONT)
-        held.learns()
+    """What the launcher said of a story that was held, which also outlives an outage of nearly everything."""
+    held.signal_ranks(signal.SIGCONT)
     with without(*CONTROL_PLANE, "versitygw"):
         time.sleep(OUTAGE_SECONDS)
 
     said = held.submission.end(MOST_SECONDS)
     assert said.code == 0, said.text
     return said.text
-
-
-def _runs(pod: dict[str, Any]) -> bool:
-    return pod["status"]["phase"] == "Running" and "deletionTimestamp" not in pod["metadata"]
 
 
 @contextmanager

@@ -28,6 +28,8 @@ try:
     answer = urllib.request.urlopen(urllib.request.Request("http://mlflow:5000" + path, data, headers))
 except urllib.error.HTTPError as error:
     answer = error
+except OSError:
+    sys.exit(print())
 print(json.dumps([answer.status, answer.read().decode()]))
 """
 User = tuple[str, str]
@@ -84,8 +86,8 @@ class Team:
         user: User | None = None,
         body: Mapping[str, Any] | None = None,
     ) -> tuple[int, str]:
-        """Status and text of MLflow's answer to one request."""
-        status, answer = json.loads(self.python(ASK, json.dumps([path, host, user, body])))
+        """Status and text of MLflow's answer to one request; waits where the story has taken MLflow away."""
+        status, answer = json.loads(eventually(lambda: self.python(ASK, json.dumps([path, host, user, body]))))
         return status, answer
 
     def add_user(self, user: User) -> None:
@@ -101,11 +103,6 @@ class Team:
         change = f"UPDATE users SET password_hash = '{light}' WHERE username = '{user[0]}'"
         database = ("psql", "--username=mlflow", "--dbname=mlflow", f"--command={change}")
         assert "UPDATE 1" in self.namespace.kubectl("exec", "statefulset/mlflow-postgresql", "--", *database)
-
-    def reaches_mlflow(self) -> bool:
-        """Whether a pod does: after an outage of the API server a service may lead nowhere for a while."""
-        program = "import urllib.request; print(urllib.request.urlopen('http://mlflow:5000/health').status)"
-        return self.namespace.kubectl("exec", "client", "--", "python3", "-c", program, check=False) == "200\n"
 
 
 @contextmanager

@@ -103,9 +103,9 @@ def test_ctrl_c_before_a_run_is_accepted_leaves_nothing_that_runs(place: Place, 
 def test_of_two_terminals_one_submits_and_what_it_leaves_is_cancelled_while_pods_come_up(place: Place) -> None:
     both = [place.submit("twice") for _ in range(2)]
     eventually(lambda: any("is at work already" in each.text for each in both))
-    assert len(place.objects("rayjobs", "twice")) == 1
     at_work = next(each for each in both if "is at work already" not in each.text)
     at_work.until(lambda: ACCEPTED in at_work.text)
+    assert len(place.objects("rayjobs", "twice")) == 1
     left = at_work.interrupt()
     assert left.code == 130
     assert "run twice goes on without you" in left.text
