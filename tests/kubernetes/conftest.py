@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if FIRST_BESIDE in stems:
         functions[stems.index(FIRST_BESIDE)].fixturenames.extend(name for name in BESIDE.values() if name in used)
     if WITHOUT_KUBERNETES[0] in stems and "told" in used:
-        functions[stems.index(WITHOUT_KUBERNETES[0])].fixturenames.append("told")
+        functions[stems.index(WITHOUT_KUBERNETES[0])].fixturenames.insert(0, "told")
 
 
 def _somebodys() -> bool:
