@@ -161,10 +161,15 @@ def _start_kubernetes(layout: Layout, supervisor: Supervisor, say: Say) -> None:
 
 
 def _teach_kuberay(layout: Layout) -> None:
-    """The API server hears of KubeRay's objects, and what its operator may do."""
+    """Until the API server serves KubeRay's objects; what its operator may do."""
     config = layout.programs / "kuberay-manifests"
     kubectl(layout, "apply", "--server-side", "-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
     _apply(layout, _binding())
+    deadline = time.monotonic() + 60
+    while "rayjobs.ray.io" not in kubectl(layout, "api-resources", "--api-group=ray.io", "--output=name"):
+        if time.monotonic() > deadline:
+            raise ClusterError("the API server does not serve KubeRay's objects", "see its log")
+        time.sleep(0.1)
 
 
 def _end(layout: Layout, sandbox: Sandbox) -> None:
