@@ -32,7 +32,7 @@ $(READY): requirements.lock pyproject.toml
 	@echo "installing: torch, ray, deepspeed, mlflow and the rest into .venv (about 6 GB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
-	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib
+	@$(BIN)/python -W ignore -m compileall -q -j 0 -x '/tests?/' .venv/lib || true
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@echo "compiling DeepSpeed's communication op (once)"
 	@$(BIN)/python -m trainer.engine --warm
