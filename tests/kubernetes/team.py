@@ -26,11 +26,12 @@ if user:
 data = json.dumps(body).encode() if body else None
 try:
     answer = urllib.request.urlopen(urllib.request.Request("http://mlflow:5000" + path, data, headers))
+    said = [answer.status, answer.read().decode()]
 except urllib.error.HTTPError as error:
-    answer = error
+    said = [error.status, error.read().decode()]
 except OSError:
-    sys.exit(print())
-print(json.dumps([answer.status, answer.read().decode()]))
+    said = None
+print(json.dumps(said))
 """
 User = tuple[str, str]
 """Name and password."""
@@ -87,7 +88,7 @@ class Team:
         body: Mapping[str, Any] | None = None,
     ) -> tuple[int, str]:
         """Status and text of MLflow's answer to one request; waits where the story has taken MLflow away."""
-        status, answer = json.loads(eventually(lambda: self.python(ASK, json.dumps([path, host, user, body]))))
+        status, answer = eventually(lambda: json.loads(self.python(ASK, json.dumps([path, host, user, body]))))
         return status, answer
 
     def add_user(self, user: User) -> None:

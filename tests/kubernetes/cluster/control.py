@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -165,20 +165,14 @@ def _teach_kuberay(layout: Layout) -> None:
     config = layout.programs / "kuberay-manifests"
     kubectl(layout, "apply", "--server-side", "-f", config / "crd/bases", "-f", config / "rbac/role.yaml")
     _apply(layout, _binding())
-    deadline = time.monotonic() + 60
-    while "rayjobs.ray.io" not in kubectl(layout, "api-resources", "--api-group=ray.io", "--output=name"):
-        if time.monotonic() > deadline:
-            raise ClusterError("the API server does not serve KubeRay's objects", "see its log")
-        time.sleep(0.1)
+    served = functools.partial(kubectl, layout, "api-resources", "--api-group=ray.io", "--output=name")
+    _until(lambda: "rayjobs.ray.io" in served(), "the API server does not serve KubeRay's objects", "see its log")
 
 
 def _end(layout: Layout, sandbox: Sandbox) -> None:
     sandbox.close()
-    deadline = time.monotonic() + 60
-    while Path("/sys/class/net", layout.device).exists():  # the kernel removes it after the last process
-        if time.monotonic() > deadline:
-            raise ClusterError(f"the device {layout.device} stays", f"ip link delete {layout.device}")
-        time.sleep(0.05)
+    device = Path("/sys/class/net", layout.device)  # the kernel removes it after the last process
+    _until(lambda: not device.exists(), f"the device {layout.device} stays", f"ip link delete {layout.device}")
     shutil.rmtree(layout.state, ignore_errors=True)
     for left in (layout.kubeconfig, *layout.folder.glob("*.sock*")):
         left.unlink(missing_ok=True)
@@ -227,6 +221,14 @@ def _binding() -> dict[str, object]:
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": OPERATOR},
         "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": OPERATOR}],
     }
+
+
+def _until(condition: Callable[[], bool], problem: str, cure: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ClusterError(problem, cure)
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
